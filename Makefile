@@ -1,0 +1,80 @@
+# `make test` and `make demo` work on a fresh clone: they make .venv, install the pinned torch, then build the package.
+# Another torch or Python: make test TORCH=2.9.0 PYTHON=python3.12 (a change of PYTHON makes .venv anew).
+
+PYTHON ?= python3
+TORCH  ?= 2.13.0
+VENV   ?= .venv
+TESTS  ?= tests
+SANITIZE_TESTS ?= tests/ops
+
+BIN      := $(VENV)/bin
+PY       := $(BIN)/python
+# Stamps carry what they stand for in their names, so that another value makes them anew.
+MADE     := $(VENV)/.made-by-$(subst /,_,$(PYTHON))
+TORCHED  := $(VENV)/.torch-$(TORCH)
+EQUIPPED := $(VENV)/.dev-$(TORCH)
+CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test build lint format bench sanitize clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /\1\t/' | \
+	 while IFS="$$(printf '\t')" read -r name text; do printf '  make %-9s %s\n' "$$name" "$$text"; done
+
+demo: build ## run the demonstration
+	$(BIN)/prosocial demo
+
+test: build ## run the tests (TESTS=path for a part)
+	$(PY) -m pytest $(TESTS)
+
+build: $(EQUIPPED) ## compile what changed and install it in place
+	$(PY) -m pip install -qq --no-build-isolation --editable .
+
+lint: $(EQUIPPED) ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+format: $(EQUIPPED) ## bring Python and C++ into the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+bench: build ## measure the ops against their peers and this machine's memory
+	$(PY) -m pytest benchmarks -o python_files='bench_*.py' -s
+
+# The reference is torch's code, not ours: its runs are left out. Python itself leaks, so leaks are not looked for.
+# libstdc++ comes first with the sanitizer, which must find it to follow exceptions; python does not load it itself.
+# --capture=sys lets the sanitizers' reports through, which go to the file descriptor just before the process dies.
+sanitize: build ## run the ops' tests under the address and undefined-behaviour sanitizers
+	PROSOCIAL_SANITIZE=1 PROSOCIAL_CUDA=off $(PY) setup.py --quiet build \
+	  --build-base build/sanitize --build-lib build/sanitize/site
+	PROSOCIAL_TEST_ISA="$$($(PY) -c 'import prosocial_ext._C as c; print(c.available_isas()[-1])')" \
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  $(PY) -m pytest $(SANITIZE_TESTS) --capture=sys -o pythonpath='build/sanitize/site .' \
+	  -m 'not slow' -k 'not ([reference or -reference)'
+
+clean: ## remove what was built (.venv stays)
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -f prosocial_ext/_C.*.so
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+$(MADE):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
+	  "PYTHON=$(PYTHON) is Python " + sys.version.split()[0] + ", 3.10 or later is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv --clear $(VENV)
+	$(PY) -m pip install --quiet --upgrade 'pip>=25.1'
+	@touch $@
+
+$(TORCHED): $(MADE)
+	$(PY) -m pip install --quiet torch==$(TORCH)
+	@rm -f $(VENV)/.torch-* $(VENV)/.dev-*
+	@touch $@
+
+$(EQUIPPED): $(TORCHED) pyproject.toml
+	$(PY) -m pip install --quiet --group dev
+	@touch $@

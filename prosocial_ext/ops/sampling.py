@@ -1,0 +1,377 @@
+"""Guided sampling on compiled kernels; semantics and docs are those of ``prosocial_ext.reference``."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+
+from prosocial_ext import _C, reference
+from prosocial_ext.ops import _backend, _native
+from prosocial_ext.ops._library import LIBRARY, register
+from prosocial_ext.reference import sampling as definition
+from prosocial_ext.reference import sampling_arguments as arguments
+
+__all__ = ["guided_logprobs", "guided_sample"]
+
+_View = tuple[int, int, int, int]
+_NO_GUIDE: _View = (0, 0, 0, 0)
+_kept = threading.local()
+
+
+def _scratch(vocab: int, threads: int) -> torch.Tensor:
+    """This thread's scratch, grown when needed: a fresh megabyte per call would cost more in page faults than a row."""
+    size = _C.sampling_scratch_bytes(vocab, threads)
+    buffer: torch.Tensor | None = getattr(_kept, "scratch", None)
+    if buffer is None or buffer.numel() < size:
+        buffer = _kept.scratch = torch.empty(size, dtype=torch.uint8)
+    return buffer
+
+
+def _unit_columns(logits: torch.Tensor) -> torch.Tensor:
+    """Any row and guide stride is read as it is; columns must be neighbours."""
+    return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
+
+
+def _view(logits: torch.Tensor | None) -> tuple[_View, int]:
+    """(address, dtype tag, guide stride, row stride) of logits with unit columns, and the number of guides."""
+    if logits is None:
+        return _NO_GUIDE, 0
+    stacked = logits.dim() == 3
+    stride = logits.stride()
+    view = logits.data_ptr(), _native.DTYPE_TAG[logits.dtype], stride[0] if stacked else 0, stride[-2]
+    return view, logits.shape[0] if stacked else 1
+
+
+# ---- one set of parameters for all rows: the fast path
+
+
+def _sample_cpu(
+    base: torch.Tensor,
+    guide: torch.Tensor | None,
+    vocab: int,
+    seed: int,
+    offset: int,
+    guidance: float = 1.0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> torch.Tensor:
+    rows, threads = base.shape[0], _native.threads()
+    tokens = torch.empty(rows, dtype=torch.int64)
+    base = _unit_columns(base)
+    guide = None if guide is None else _unit_columns(guide)
+    base_view, _ = _view(base)
+    guide_view, guides = _view(guide)
+    knobs = guidance, temperature, top_k, top_p, min_p, seed, offset
+    scratch = _scratch(vocab, threads).data_ptr()
+    bad = _C.guided_sample(base_view, guide_view, guides, rows, vocab, *knobs, tokens.data_ptr(), scratch, threads)
+    if bad:
+        _sample_elsewhere(base, guide, vocab, seed, offset, guidance, temperature, top_k, top_p, min_p)
+        raise RuntimeError(f"guided_sample: {bad} rows were refused by the kernel but not by the reference")
+    return tokens
+
+
+def _sample_elsewhere(
+    base: torch.Tensor,
+    guide: torch.Tensor | None,
+    vocab: int,
+    seed: int,
+    offset: int,
+    guidance: float = 1.0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> torch.Tensor:
+    return reference.guided_sample(
+        base,
+        guide,
+        guidance=guidance,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        vocab_size=vocab,
+        seed=seed,
+        offset=offset,
+    )
+
+
+def _sample_fake(base: torch.Tensor, guide: torch.Tensor | None, vocab: int, *knobs: Any) -> torch.Tensor:
+    return base.new_empty(base.shape[0], dtype=torch.int64)
+
+
+_sample = register(
+    "guided_sample(Tensor base, Tensor? guide, SymInt vocab, SymInt seed, SymInt offset, float guidance=1.0, "
+    "float temperature=1.0, SymInt top_k=0, float top_p=1.0, float min_p=0.0) -> Tensor",
+    cpu=_sample_cpu,
+    elsewhere=_sample_elsewhere,
+    fake=_sample_fake,
+)
+
+
+# ---- parameters per row: knobs [B, 3 + G] temperature, top_p, min_p, guidance...; counters [B, 3] top_k, seed, offset
+
+
+def _sample_rows_cpu(
+    base: torch.Tensor,
+    guide: torch.Tensor | None,
+    knobs: torch.Tensor,
+    counters: torch.Tensor,
+    vocab: int,
+    row_in_counter: bool,
+    logprobs: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, threads = base.shape[0], _native.threads()
+    tokens = torch.empty(rows, dtype=torch.int64)
+    drawn = torch.empty(rows if logprobs else 0, dtype=torch.float32)
+    base = _unit_columns(base)
+    guide = None if guide is None else _unit_columns(guide)
+    base_view, _ = _view(base)
+    guide_view, guides = _view(guide)
+    rounded, counted = knobs.to(torch.float32).contiguous(), counters.contiguous()
+    bad = _C.guided_sample_rows(
+        *(base_view, guide_view, guides, rows, vocab, rounded.data_ptr(), counted.data_ptr(), row_in_counter),
+        *(tokens.data_ptr(), drawn.data_ptr() if logprobs else 0, _scratch(vocab, threads).data_ptr(), threads),
+    )
+    if bad:
+        _sample_rows_elsewhere(base, guide, knobs, counters, vocab, row_in_counter, logprobs)
+        raise RuntimeError(f"guided_sample: {bad} rows were refused by the kernel but not by the reference")
+    return tokens, drawn
+
+
+def _sample_rows_elsewhere(
+    base: torch.Tensor,
+    guide: torch.Tensor | None,
+    knobs: torch.Tensor,
+    counters: torch.Tensor,
+    vocab: int,
+    row_in_counter: bool,
+    logprobs: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if base.shape[0] == 0:
+        return base.new_empty(0, dtype=torch.int64), base.new_empty(0, dtype=torch.float32)
+    tokens, drawn = reference.guided_sample(
+        base,
+        guide,
+        guidance=knobs[:, 3:],
+        temperature=knobs[:, 0],
+        top_p=knobs[:, 1],
+        min_p=knobs[:, 2],
+        top_k=counters[:, 0],
+        seed=int(counters[0, 1]) if row_in_counter else counters[:, 1],
+        offset=counters[:, 2],
+        vocab_size=vocab,
+        return_logprobs=True,
+    )
+    return tokens, drawn if logprobs else drawn.new_empty(0)
+
+
+def _sample_rows_fake(
+    base: torch.Tensor,
+    guide: torch.Tensor | None,
+    knobs: torch.Tensor,
+    counters: torch.Tensor,
+    vocab: int,
+    row_in_counter: bool,
+    logprobs: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = base.shape[0]
+    tokens = base.new_empty(rows, dtype=torch.int64)
+    return tokens, base.new_empty(rows if logprobs else 0, dtype=torch.float32)
+
+
+_sample_rows = register(
+    "guided_sample_rows(Tensor base, Tensor? guide, Tensor knobs, Tensor counters, SymInt vocab, bool row_in_counter, "
+    "bool logprobs) -> (Tensor, Tensor)",
+    cpu=_sample_rows_cpu,
+    elsewhere=_sample_rows_elsewhere,
+    fake=_sample_rows_fake,
+)
+
+
+def guided_sample(
+    base_logits: torch.Tensor,
+    guide_logits: torch.Tensor | None = None,
+    *,
+    guidance: float | torch.Tensor = 1.0,
+    temperature: float | torch.Tensor = 1.0,
+    top_k: int | torch.Tensor = 0,
+    top_p: float | torch.Tensor = 1.0,
+    min_p: float | torch.Tensor = 0.0,
+    vocab_size: int | None = None,
+    seed: int | torch.Tensor = 0,
+    offset: int | torch.Tensor = 0,
+    return_logprobs: bool = False,
+) -> Any:
+    """Draw one token per row from the guided distribution (see the reference for the full text)."""
+    if _backend.use_reference:
+        return reference.guided_sample(
+            base_logits,
+            guide_logits,
+            guidance=guidance,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            vocab_size=vocab_size,
+            seed=seed,
+            offset=offset,
+            return_logprobs=return_logprobs,
+        )
+    if (
+        type(guidance) is type(temperature) is type(top_p) is type(min_p) is float
+        and type(top_k) is type(seed) is type(offset) is int
+        and 0 <= top_k < 2**63
+        and 0 <= seed < 2**63
+        and 0 <= offset < 2**63
+        and not return_logprobs
+        and not torch.compiler.is_compiling()  # a float argument would make one graph per value
+        and (vocab := _plain_vocab(base_logits, guide_logits, vocab_size))
+    ):
+        # Values out of range are found by the kernel and worded by the reference.
+        return _sample(
+            base_logits, guide_logits, vocab, seed, offset, guidance, temperature, top_k, top_p, min_p
+        )  # fmt: skip
+    logits = arguments.logits(base_logits, guide_logits, vocab_size)
+    rows, device = base_logits.shape[0], base_logits.device
+    stacked = guide_logits is not None and guide_logits.dim() == 3
+    strength = arguments.guidance(guidance, rows, logits.num_guides, stacked, device)
+    heat = arguments.knob("temperature", temperature, rows, device, torch.float32)
+    nucleus = arguments.knob("top_p", top_p, rows, device, torch.float32)
+    floor = arguments.knob("min_p", min_p, rows, device, torch.float32)
+    whole = [
+        arguments.knob(name, value, rows, device, torch.int64)
+        for name, value in (("top_k", top_k), ("seed", seed), ("offset", offset))
+    ]
+    knobs = torch.cat([heat[:, None], nucleus[:, None], floor[:, None], strength], dim=1)
+    counters = torch.stack(whole, dim=1)
+    row_in_counter = not isinstance(seed, torch.Tensor)
+    tokens, logprobs = _sample_rows(
+        base_logits, guide_logits, knobs, counters, logits.vocab_size, row_in_counter, return_logprobs
+    )
+    return (tokens, logprobs) if return_logprobs else tokens
+
+
+guided_sample.__doc__ = reference.guided_sample.__doc__
+
+
+def _plain_vocab(base: Any, guide: Any, vocab_size: int | None) -> int:
+    """The vocabulary where one compound test shows that nothing can be wrong, else 0."""
+    if (
+        vocab_size is None
+        and type(base) is torch.Tensor
+        and base.dim() == 2
+        and base.dtype in _native.DTYPE_TAG
+        and base.layout is torch.strided
+        and (
+            guide is None
+            or (
+                type(guide) is torch.Tensor
+                and guide.shape == base.shape
+                and guide.dtype in _native.DTYPE_TAG
+                and guide.layout is torch.strided
+                and guide.device == base.device
+            )
+        )
+    ):
+        columns = base.shape[1]
+        return columns if columns <= arguments.MAX_VOCAB else 0
+    return 0
+
+
+# ---- log-probs: knobs [B, 1 + G] (temperature, guidance...)
+
+
+def _logprobs_cpu(base: torch.Tensor, guide: torch.Tensor | None, knobs: torch.Tensor, vocab: int) -> torch.Tensor:
+    if torch.float64 in (base.dtype, guide.dtype if guide is not None else None):
+        return _logprobs_elsewhere(base, guide, knobs, vocab)  # fp64 is a float softmax: no integers, no kernel
+    rows, columns = base.shape
+    threads = _native.threads()
+    out = torch.empty(rows, columns, dtype=torch.float32)
+    base = _unit_columns(base)
+    guide = None if guide is None else _unit_columns(guide)
+    base_view, _ = _view(base)
+    guide_view, guides = _view(guide)
+    rounded = knobs.to(torch.float32).contiguous()
+    bad = _C.guided_logprobs(
+        *(base_view, guide_view, guides, rows, vocab, columns, rounded.data_ptr(), out.data_ptr()),
+        *(_scratch(vocab, threads).data_ptr(), threads),
+    )
+    if bad:
+        _logprobs_elsewhere(base, guide, knobs, vocab)
+        raise RuntimeError(f"guided_logprobs: {bad} rows were refused by the kernel but not by the reference")
+    return out
+
+
+def _logprobs_elsewhere(
+    base: torch.Tensor, guide: torch.Tensor | None, knobs: torch.Tensor, vocab: int
+) -> torch.Tensor:
+    with torch.no_grad():
+        return reference.guided_logprobs(base, guide, guidance=knobs[:, 1:], temperature=knobs[:, 0], vocab_size=vocab)
+
+
+def _logprobs_fake(base: torch.Tensor, guide: torch.Tensor | None, knobs: torch.Tensor, vocab: int) -> torch.Tensor:
+    double = torch.float64 in (base.dtype, guide.dtype if guide is not None else None)
+    return base.new_empty(base.shape, dtype=torch.float64 if double else torch.float32)
+
+
+_logprobs = register(
+    "guided_logprobs(Tensor base, Tensor? guide, Tensor knobs, SymInt vocab) -> Tensor",
+    cpu=_logprobs_cpu,
+    elsewhere=_logprobs_elsewhere,
+    fake=_logprobs_fake,
+)
+
+
+def _logprobs_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    base, guide, knobs, _ = inputs
+    ctx.save_for_backward(output, knobs)
+    ctx.base_dtype = base.dtype
+    ctx.guide_like = None if guide is None else (guide.shape, guide.dtype)
+
+
+def _logprobs_gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    logprobs, knobs = ctx.saved_tensors
+    grad_z = definition.logprobs_backward(grad, logprobs, knobs[:, 0].to(logprobs.dtype))
+    grad_guide = None
+    if ctx.guide_like is not None and ctx.needs_input_grad[1]:
+        shape, dtype = ctx.guide_like
+        strength = knobs[:, 1:].to(grad_z.dtype).T[:, :, None]  # [G, B, 1]
+        shared = min(shape[-1], grad_z.shape[-1])
+        grads = strength * grad_z[None, :, :shared]
+        grads = torch.nn.functional.pad(grads, (0, shape[-1] - shared))
+        grad_guide = grads.reshape(shape).to(dtype)
+    return grad_z.to(ctx.base_dtype), grad_guide, None, None
+
+
+torch.library.register_autograd(
+    "prosocial_ext::guided_logprobs", _logprobs_gradient, setup_context=_logprobs_context, lib=LIBRARY
+)
+
+
+def guided_logprobs(
+    base_logits: torch.Tensor,
+    guide_logits: torch.Tensor | None = None,
+    *,
+    guidance: float | torch.Tensor = 1.0,
+    temperature: float | torch.Tensor = 1.0,
+    vocab_size: int | None = None,
+) -> torch.Tensor:
+    """Return the log-probs of the guided distribution (see the reference for the full text)."""
+    if _backend.use_reference:
+        return reference.guided_logprobs(
+            base_logits, guide_logits, guidance=guidance, temperature=temperature, vocab_size=vocab_size
+        )
+    logits = arguments.logits(base_logits, guide_logits, vocab_size)
+    rows, device = base_logits.shape[0], base_logits.device
+    stacked = guide_logits is not None and guide_logits.dim() == 3
+    strength = arguments.guidance(guidance, rows, logits.num_guides, stacked, device)
+    heat = arguments.knob("temperature", temperature, rows, device, torch.float32)
+    return _logprobs(base_logits, guide_logits, torch.cat([heat[:, None], strength], dim=1), logits.vocab_size)
+
+
+guided_logprobs.__doc__ = reference.guided_logprobs.__doc__

@@ -1,0 +1,131 @@
+"""What the sampling ops accept, read once for reference and compiled ops: shapes, readings of guidance, knobs."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NamedTuple
+
+import torch
+
+from . import check
+
+MAX_VOCAB = 1 << 22  # so that a row's integer mass stays below 2**63 (docs of the weights in sampling.py)
+LARGEST = sys.float_info.max
+
+_TOP_P_REMEDY = "Pass top_p=1.0 to switch the filter off."
+_STRENGTH_REMEDY = "guidance is w = 1 / beta."
+
+
+class Logits(NamedTuple):
+    """``base`` [B, V], ``guides`` [G, B, V'] or None, and how many leading columns may be sampled."""
+
+    base: torch.Tensor
+    guides: torch.Tensor | None
+    vocab_size: int
+
+    @property
+    def num_guides(self) -> int:
+        """G, 0 without a guide."""
+        return 0 if self.guides is None else self.guides.shape[0]
+
+
+def logits(base_logits: Any, guide_logits: Any, vocab_size: Any) -> Logits:
+    """Check shapes, dtypes and devices; a single guide [B, V] becomes [1, B, V]."""
+    base = check.floating("base_logits", base_logits)
+    if base.dim() != 2:
+        check.fail("base_logits", "have shape [B, V]", check.describe(base), "Take the last position: logits[:, -1].")
+    rows, columns = base.shape
+    if columns == 0:
+        check.fail("base_logits", "have at least one column", check.describe(base))
+    if vocab_size is None:
+        vocab = columns
+    else:
+        rule = f"be in [1, {columns}], the number of columns of base_logits"
+        vocab = check.integer("vocab_size", vocab_size, 1, columns, rule)
+    if vocab > MAX_VOCAB:
+        check.fail("vocab_size", f"be at most {MAX_VOCAB}", vocab, "The integer weights of a row would overflow.")
+    if guide_logits is None:
+        return Logits(base, None, vocab)
+    guides = check.floating("guide_logits", guide_logits)
+    guides = guides[None] if guides.dim() == 2 else guides
+    if guides.dim() != 3 or guides.shape[1] != rows:
+        rule = f"have shape [B, V] or [G, B, V] with B = {rows}, as base_logits"
+        check.fail("guide_logits", rule, check.describe(guide_logits))
+    if guides.device != base.device:
+        check.fail("guide_logits", f"be on {base.device}, as base_logits", f"a tensor on {guides.device}")
+    if guides.shape[2] < vocab or (vocab_size is None and guides.shape[2] != columns):
+        common = min(columns, guides.shape[2])
+        remedy = f"If the tail is padding, pass vocab_size={common}."
+        check.fail("guide_logits", f"have {columns} columns, as base_logits", f"{guides.shape[2]} columns", remedy)
+    return Logits(base, guides, vocab)
+
+
+def guidance(value: Any, rows: int, guides: int, stacked: bool, device: torch.device) -> torch.Tensor:
+    """Return the strength of every guide in every row, fp32 [B, G].
+
+    A scalar holds for all. A 1-D tensor is per row [B] with one guide [B, V], per guide [G] with stacked guides
+    [G, B, V]; [B, G] is both.
+    """
+    if not isinstance(value, torch.Tensor):
+        rule = "be a finite number, or a tensor"
+        strength = check.number("guidance", value, -LARGEST, LARGEST, rule, _STRENGTH_REMEDY)
+        return _filled((rows, guides), strength, torch.float32, device)
+    expected = (guides,) if stacked else (rows,)
+    if value.dim() == 0 or tuple(value.shape) in (expected, (rows, guides)):
+        shaped = value[:, None] if value.dim() == 1 and not stacked else value
+        return shaped.to(device, torch.float32).expand(rows, guides)
+    reading = f"per guide [{guides}] with stacked guides" if stacked else f"per row [{rows}] with one guide [B, V]"
+    rule = f"be a scalar, {reading} (a 1-D tensor), or per row and guide [{rows}, {guides}]"
+    check.fail("guidance", rule, check.describe(value))
+
+
+def knob(name: str, value: Any, rows: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Return a scalar or per-row sampling parameter as a tensor [B] of ``dtype`` (its range is checked later)."""
+    integral = dtype == torch.int64
+    if isinstance(value, torch.Tensor):
+        if value.dim() > 1 or (value.dim() == 1 and value.shape[0] != rows):
+            check.fail(name, f"be a scalar or have shape [{rows}], one value per row", check.describe(value))
+        if integral and (value.is_floating_point() or value.dtype == torch.bool):
+            check.fail(name, "be an integer tensor", check.describe(value), error=TypeError)
+        return value.to(device, dtype).expand(rows)
+    kind = "an int" if integral else "a number"
+    if isinstance(value, bool) or not isinstance(value, int if integral else (int, float)):
+        check.fail(name, f"be {kind} or a tensor [B]", check.describe(value), error=TypeError)
+    if integral and not 0 <= value < 2**63:
+        check.fail(name, "be in [0, 2**63)", value)
+    return _filled((rows,), value, dtype, device)
+
+
+def _filled(shape: tuple[int, ...], value: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A tensor of one value. By multiplication, since torch.full would make torch.compile specialise on the value."""
+    wide = torch.int64 if dtype == torch.int64 else torch.float64
+    return (torch.ones(shape, dtype=wide, device=device) * value).to(dtype)
+
+
+def ranges(
+    temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor, guidance: torch.Tensor
+) -> None:
+    """Raise for the first value that no sampling can mean."""
+    _all("temperature", temperature, (temperature >= 0) & temperature.isfinite(), "be finite and >= 0", "0 is greedy.")
+    _all("top_k", top_k, top_k >= 0, "be >= 0", "0 switches the filter off.")
+    _all("top_p", top_p, (top_p >= 0) & (top_p <= 1), "be in [0, 1]", _TOP_P_REMEDY)
+    _all("min_p", min_p, (min_p >= 0) & (min_p <= 1), "be in [0, 1]", "0 switches the filter off.")
+    _all("guidance", guidance, guidance.isfinite(), "be finite", _STRENGTH_REMEDY)
+
+
+def counters(seed: torch.Tensor, offset: torch.Tensor) -> None:
+    """Raise unless seed and offset are in [0, 2**63)."""
+    _all("seed", seed, seed >= 0, "be in [0, 2**63)", "")
+    _all("offset", offset, offset >= 0, "be in [0, 2**63)", "")
+
+
+def positive_temperature(temperature: torch.Tensor) -> None:
+    """Raise unless every temperature is finite and > 0."""
+    good = (temperature > 0) & temperature.isfinite()
+    _all("temperature", temperature, good, "be finite and > 0", "For greedy decoding use guided_sample.")
+
+
+def _all(name: str, values: torch.Tensor, good: torch.Tensor, rule: str, remedy: str) -> None:
+    if not bool(good.all()):
+        index = tuple((~good).nonzero()[0].tolist())
+        check.fail(name, rule, f"{values[index].item()} in row {index[0]}", remedy)

@@ -1,0 +1,37 @@
+"""Hostile inputs shared by the tests of the ops, by name."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def logits_cases(vocab: int = 300) -> dict[str, torch.Tensor]:
+    """Rows of logits [2, vocab] chosen to hurt a sampler."""
+    generator = torch.Generator().manual_seed(7)
+    normal = torch.randn(2, vocab, generator=generator)
+    one_finite = torch.full((2, vocab), -math.inf)
+    one_finite[0, vocab // 2] = 3.0
+    one_finite[1, 0] = -5.0
+    masked = normal.clone()
+    masked[:, ::3] = -math.inf
+    signed_zeros = torch.zeros(2, vocab)
+    signed_zeros[:, ::2] = -0.0
+    denormal = normal * 1e-41
+    return {
+        "normal": normal,
+        "peaked": normal * 20,
+        "flat": normal * 1e-3,
+        "all_equal": torch.full((2, vocab), 2.5),
+        "signed_zeros": signed_zeros,
+        "ties_everywhere": (normal * 2).round(),
+        "denormal": denormal,
+        "one_finite": one_finite,
+        "masked": masked,
+        "huge": normal * 1e37,
+        "ascending": torch.arange(vocab, dtype=torch.float32).repeat(2, 1) / 10,
+        "far_apart": torch.where(normal > 0, 1e4, -1e4),
+    }

@@ -1,0 +1,143 @@
+"""The demo's results as text: a table per question, the claims, the seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from prosocial_ext.demo.grammar import ATTRIBUTES
+from prosocial_ext.demo.results import DemoResults
+from prosocial_ext.evaluation import Rate
+
+__all__ = ["format_results", "table"]
+
+
+def format_results(results: DemoResults) -> str:
+    """Return everything as text for people; intervals are 95 %."""
+    sections = [_safety(results), _vectors(results)]
+    sections += [_support(results, w) for w in dict.fromkeys(row.guidance for row in results.support if row.guidance)]
+    sections += [_mip(results), _guided_harm(results), _arms(results), _checks(results), _seconds(results)]
+    return "\n\n".join(sections)
+
+
+def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return aligned columns: the first to the left, the others to the right.
+
+    >>> print(table("Fruit", ["", "price"], [["apple", "1.00"], ["fig", "12.50"]]))
+    Fruit
+             price
+      apple   1.00
+      fig    12.50
+    """
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = [
+        "  "
+        + "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in [header, *rows]
+    ]
+    return "\n".join([title, *(line.rstrip() for line in lines)])
+
+
+def _rate(rate: Rate) -> str:
+    return f"{rate.value:.2f} ({rate.low:.2f}..{rate.high:.2f})"
+
+
+def _safety(results: DemoResults) -> str:
+    counts = results.safety[0].safety
+    title = (
+        f"Requests: share answered or refused (n = {counts.harm.n} harmful, {counts.held_out.n} of held-out "
+        f"categories, {counts.howto.n} harmless)"
+    )
+    rows = [
+        [
+            row.name,
+            _rate(s.harm),
+            _rate(s.held_out),
+            _rate(s.refusals),
+            _rate(s.over_refusal),
+            _rate(s.howto),
+            f"{s.perplexity:.4f}",
+        ]
+        for row in results.safety
+        for s in [row.safety]
+    ]
+    header = ["model", "harm answered", "held out", "refused well", "over-refused", "how-to answered", "perplexity"]
+    return table(title, header, rows)
+
+
+def _vectors(results: DemoResults) -> str:
+    title = f"Harm vectors: what the chosen {results.settings.density:.0%} of the entries hold"
+    rows = [
+        [name, f"{v.norm:.3f}", f"{v.energy:.3f}", "" if v.effect is None else f"{v.effect:.3f}"]
+        for name, v in results.vectors.items()
+    ]
+    return table(title, ["chosen for", "norm of all", "share of energy", "share of first-order effect"], rows)
+
+
+def _support(results: DemoResults, w: float) -> str:
+    shown = [row for row in results.support if row.guidance in (0.0, w)]
+    title = f"Support replies at guidance {w:g}: share with each attribute (n = {shown[0].attributes.well_formed.n})"
+    rows = [
+        [
+            row.name,
+            *(
+                _rate(rate) + ("*" if attribute == row.wanted else " ")
+                for attribute, rate in row.attributes.rates.items()
+            ),
+            _rate(row.attributes.well_formed),
+        ]
+        for row in shown
+    ]
+    return table(title, ["preference (* = wanted)", *(f"{name} " for name in ATTRIBUTES), "well formed"], rows)
+
+
+def _mip(results: DemoResults) -> str:
+    title = f"Mean inner product of {results.mip[0].mip.n} people's preferences with the attributes of their replies"
+    rows = [
+        [
+            row.name,
+            "" if row.name == "unguided" else f"{row.guidance:g}",
+            f"{row.mip.value:.3f} ({row.mip.low:.3f}..{row.mip.high:.3f})",
+            "" if (s := row.shortfall) is None else f"{s.value:+.3f} ({s.low:+.3f}..{s.high:+.3f})",
+        ]
+        for row in results.mip
+    ]
+    return table(title, ["preference given", "guidance", "MIP", "right minus this, paired"], rows)
+
+
+def _guided_harm(results: DemoResults) -> str:
+    rows = [[name, _rate(rate)] for name, rate in results.guided_harm.items()]
+    return table("Harmful requests under guidance: share answered", ["preference", "harm answered"], rows)
+
+
+def _arms(results: DemoResults) -> str:
+    rows = [
+        [
+            arm.surgery,
+            f"{arm.negative_cosines:.2f}",
+            f"{arm.mean_cosine:+.3f}",
+            f"{arm.mean_cosine_after:+.3f}",
+            f"{min(arm.pair_accuracy.values()):.3f}",
+        ]
+        for arm in results.arms
+    ]
+    header = ["surgery", "negative cosines", "mean cosine", "after projection", "pairs ranked right, least"]
+    return table("Reward model: how the attributes' gradients conflict in training", header, rows)
+
+
+def _checks(results: DemoResults) -> str:
+    width = max(len(check.claim) for check in results.checks)
+    lines = [
+        f"  {'holds        ' if check.holds else 'DOES NOT HOLD'}  {check.claim.ljust(width)}  {check.figures}"
+        for check in results.checks
+    ]
+    return "\n".join(["Claims", *lines])
+
+
+def _seconds(results: DemoResults) -> str:
+    machine = results.machine
+    title = f"Seconds (ops: {machine['ops']}, {machine['isa']}; threads: {machine['threads']})"
+    rows = [[name, f"{seconds:.1f}"] for name, seconds in results.seconds.items()]
+    return table(title, ["stage", "seconds"], [*rows, ["all", f"{sum(results.seconds.values()):.1f}"]])

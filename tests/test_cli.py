@@ -1,0 +1,110 @@
+"""The program `prosocial`: help, mistakes, exit statuses."""
+
+import importlib
+import importlib.metadata
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from prosocial_ext import cli
+from prosocial_ext.commands import UserError
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["env", "--help"], ["env"]], ids=" ".join)
+def test_neither_transformers_nor_peft_is_imported(arguments: list[str]) -> None:
+    code = (
+        "import sys\n"
+        "from prosocial_ext.cli import main\n"
+        "try:\n"
+        f"    main({arguments!r})\n"
+        "except SystemExit as stop:\n"
+        "    assert stop.code == 0, stop.code\n"
+        "print('LOADED', sorted({'transformers', 'peft', 'safetensors'} & set(sys.modules)))\n"
+    )
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "LOADED []"
+
+
+def test_help_lists_every_command_with_its_summary(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--help"])
+    assert stop.value.code == 0
+    words = " ".join(capsys.readouterr().out.split())
+    for name, command in cli.COMMANDS.items():
+        assert f"{name} {command.summary}" in words
+
+
+def test_version_is_the_distributions(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"prosocial_ext {importlib.metadata.version('prosocial_ext')}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "culprit"),
+    [
+        ([], "COMMAND"),
+        (["nothing"], "'nothing'"),
+        (["env", "--nothing"], "--nothing"),
+        (["--nothing", "env"], "--nothing"),
+    ],
+    ids=["no_command", "unknown_command", "unknown_option", "unknown_option_first"],
+)
+def test_a_mistake_in_the_arguments_exits_2_with_one_line(
+    arguments: list[str], culprit: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    captured = capsys.readouterr()
+    assert stop.value.code == 2
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("prosocial")
+    assert culprit in captured.err
+
+
+def fake_command(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def run(arguments: object) -> int:
+        raise error
+
+    fake = SimpleNamespace(add_arguments=lambda parser: None, run=run)
+    monkeypatch.setattr(importlib, "import_module", lambda name: fake)
+
+
+def test_a_command_s_mistake_exits_2_with_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_command(monkeypatch, UserError("density must be in (0, 1], got 10.0.\nPass density=0.10."))
+    assert cli.main(["env"]) == 2
+    assert capsys.readouterr().err == "prosocial env: density must be in (0, 1], got 10.0. Pass density=0.10.\n"
+
+
+def test_a_bug_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_command(monkeypatch, ValueError("a bug"))
+    with pytest.raises(ValueError, match="a bug"):
+        cli.main(["env"])
+
+
+def test_an_interrupt_exits_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_command(monkeypatch, KeyboardInterrupt())
+    assert cli.main(["env"]) == 130
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_s_module_has_the_two_functions(name: str) -> None:
+    module = importlib.import_module(cli.COMMANDS[name].module)
+    assert callable(module.add_arguments)
+    assert callable(module.run)
+
+
+def test_the_installed_program_is_this_main() -> None:
+    (script,) = importlib.metadata.entry_points(group="console_scripts", name="prosocial")
+    assert script.load() is cli.main

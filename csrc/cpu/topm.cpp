@@ -31,13 +31,21 @@ constexpr int kDigits = 1 << 16;             // bins of the exact select
 constexpr uint64_t kSampleSeed = 0x70736574'6f706d31u;
 
 // Index: uint32_t where every group is below 2^32 entries (halves what the candidates cost), else int64_t.
+// The sign of the delta rides in the key's spare top bit: with the key it is the delta again, where no importance is
+// given, and base and tuned need not be fetched a second time.
 template <class K, class I>
 struct Entry {
     using Key = K;
     using Index = I;
-    K key;  // 0: an empty slot
+    static constexpr int kSignBit = int(sizeof(K)) * 8 - 1;
+    K signed_key;  // 0: an empty slot
     I index;
+
+    K key() const { return signed_key & KeyTraits<K>::none; }
+    double delta() const { return signed_key >> kSignBit ? -key_score(key()) : key_score(key()); }
 };
+static inline uint32_t sign_of(float x) { return float_bits(x) >> 31; }
+static inline uint32_t sign_of(double x) { return uint32_t(double_bits(x) >> 63); }
 
 // One group: the entries that compete for the same m. Indices inside are relative to the group.
 struct Group {
@@ -206,33 +214,40 @@ static inline void blend(double* out, double x, int32_t take) {
     *out = bits_double(double_bits(*out) ^ ((double_bits(*out) ^ double_bits(x)) & uint64_t(int64_t(take))));
 }
 
-// Edits the entries of a group whose key is in [lower, upper); the others keep their bits. Returns how many of the
-// edited round to what they were.
+// Edits the entries of a group whose key is in [lower, upper); the others keep their bits. `unchanged` counts, lane by
+// lane, those that round to what they were: a sum across lanes for every group took as long as the edit itself.
 template <class T, class Real, class Key>
-static inline __attribute__((always_inline)) int64_t edit_group(T* __restrict params, const Real* __restrict delta,
-                                                                const Key* __restrict key, Key lower, Key upper,
-                                                                Real scale, int n) {
+static inline __attribute__((always_inline)) void edit_group(T* __restrict params, const Real* __restrict delta,
+                                                             const Key* __restrict key, Key lower, Key upper,
+                                                             Real scale, int n, int32_t* __restrict unchanged) {
     Real before[kGroup], after[kGroup];
     T rounded[kGroup];
     load_block(params, n, before);
     for (int i = 0; i < n; ++i) round_to(sub_rn(before[i], mul_rn(scale, delta[i])), &rounded[i]);
     load_block(rounded, n, after);
     int32_t chosen[kGroup];
-    int32_t unchanged = 0;
     for (int i = 0; i < n; ++i) chosen[i] = -int32_t((key[i] >= lower) & (key[i] < upper));
-    for (int i = 0; i < n; ++i) unchanged -= chosen[i] & -int32_t(before[i] == after[i]);
+    for (int i = 0; i < n; ++i) unchanged[i] -= chosen[i] & -int32_t(before[i] == after[i]);
     for (int i = 0; i < n; ++i) blend(&params[i], rounded[i], chosen[i]);
-    return unchanged;
 }
 
 template <class T, class Real, class Key>
-static inline int64_t edit_any(T* params, const Real* delta, const Key* key, Key lower, Key upper, Real scale, int n) {
-    return n == kGroup ? edit_group(params, delta, key, lower, upper, scale, kGroup)
-                       : edit_group(params, delta, key, lower, upper, scale, n);
+static inline void edit_any(T* params, const Real* delta, const Key* key, Key lower, Key upper, Real scale, int n,
+                            int32_t* unchanged) {
+    if (n == kGroup)
+        edit_group(params, delta, key, lower, upper, scale, kGroup, unchanged);
+    else
+        edit_group(params, delta, key, lower, upper, scale, n, unchanged);
+}
+static inline int64_t sum_lanes(const int32_t* lanes) {
+    int64_t sum = 0;
+    for (int i = 0; i < kGroup; ++i) sum += lanes[i];
+    return sum;
 }
 
 // At low densities the touched lines of params are too scattered for the hardware's prefetcher: ask for those of a
 // whole block before the first is edited.
+static inline bool edits_are_scattered(const Group& group) { return group.m < group.size / kGroup; }
 template <class T, class Key>
 static inline void fetch_touched(const T* params, const Key* key, int n, Key limit) {
     for (int i = 0; i < n; i += kGroup) {
@@ -302,7 +317,7 @@ struct Cursor {
     Pair* end = nullptr;
     bool full = false;
 
-    void append(Key key, int64_t index) {
+    void append(Key key, uint32_t sign, int64_t index) {
         if (next == end) {
             if (full) return;
             const int64_t place = __atomic_fetch_add(&pool->reserved, int64_t(kPoolBlock), __ATOMIC_RELAXED);
@@ -314,7 +329,7 @@ struct Cursor {
             next = pool->pairs + place;
             end = next + kPoolBlock;
         }
-        *next++ = {key, Index(index)};
+        *next++ = {Key(key | Key(sign) << Pair::kSignBit), Index(index)};
     }
     void close() {
         while (next != end) *next++ = {Key(0), Index(-1)};
@@ -329,6 +344,7 @@ template <class Pair, class Key = typename Pair::Key>
 static void sweep(const TopmCall& call, const Group& group, Bound<Key> a, Bound<Key> b, Pool<Pair>* pool,
                   int64_t* chunk_counts, Totals* totals) {
     const int64_t chunks = num_chunks(group);
+    const bool scattered = edits_are_scattered(group);
     int64_t next_chunk = 0;
     auto member = [&](int, int) {
         Cursor<Pair> cursor{pool};
@@ -346,7 +362,8 @@ static void sweep(const TopmCall& call, const Group& group, Bound<Key> a, Bound<
                     const Real scale = scale_as<Real>(call.scale);
                     Real delta[kBlock];
                     Key key[kBlock];
-                    int64_t part_above = 0, part_unchanged = 0, part_nonfinite = 0;
+                    int32_t part_unchanged[kGroup] = {};
+                    int64_t part_above = 0, part_nonfinite = 0;
                     for (int64_t done = 0; done < length;) {
                         int64_t stop = done + kBlock < length ? done + kBlock : length;
                         stop = a.limit_end(index + done, index + stop) - index;
@@ -354,21 +371,21 @@ static void sweep(const TopmCall& call, const Group& group, Bound<Key> a, Bound<
                         const int n = int(stop - done);
                         const Key upper = a.limit(index + done), lower = b.limit(index + done);
                         part_nonfinite += load_keys(t, local + done, n, delta, key);
-                        if (call.one_pass) fetch_touched(params + local + done, key, n, upper);
+                        if (call.one_pass && scattered) fetch_touched(params + local + done, key, n, upper);
                         for (int i = 0; i < n; i += kGroup) {
                             const uint32_t held = at_least(key + i, lower);
                             if (held == 0) continue;
                             const uint32_t above = at_least(key + i, upper);
                             part_above += __builtin_popcount(above);
                             if (call.one_pass && above != 0)
-                                part_unchanged +=
-                                    edit_any(params + local + done + i, delta + i, key + i, upper,
-                                             Key(KeyTraits<Key>::none), scale, n - i < kGroup ? n - i : kGroup);
+                                edit_any(params + local + done + i, delta + i, key + i, upper,
+                                         Key(KeyTraits<Key>::none), scale, n - i < kGroup ? n - i : kGroup,
+                                         part_unchanged);
                             uint32_t band = held & ~above;
                             all_within += __builtin_popcount(band);
                             for (; band != 0; band &= band - 1) {
                                 const int bit = __builtin_ctz(band);
-                                cursor.append(key[i + bit], index + done + i + bit);
+                                cursor.append(key[i + bit], sign_of(delta[i + bit]), index + done + i + bit);
                             }
                         }
                         done = stop;
@@ -376,7 +393,7 @@ static void sweep(const TopmCall& call, const Group& group, Bound<Key> a, Bound<
                     count(&call.nonfinite[out], part_nonfinite);
                     if (call.one_pass) {
                         count(&call.kept[out], part_above);
-                        count(&call.unchanged[out], part_unchanged);
+                        count(&call.unchanged[out], sum_lanes(part_unchanged));
                     }
                     chunk_above += part_above;
                     all_nonfinite += part_nonfinite;
@@ -398,6 +415,7 @@ static void sweep(const TopmCall& call, const Group& group, Bound<Key> a, Bound<
 template <class Key>
 static void apply_bound(const TopmCall& call, const Group& group, Bound<Key> upper, Bound<Key> lower,
                         const int64_t* place) {
+    const bool scattered = edits_are_scattered(group);
     parallel_for(num_chunks(group), call.threads, [&](int64_t chunk) {
         const int64_t end = (chunk + 1) * kChunk < group.size ? (chunk + 1) * kChunk : group.size;
         int64_t slot = place == nullptr ? 0 : place[chunk];
@@ -409,7 +427,8 @@ static void apply_bound(const TopmCall& call, const Group& group, Bound<Key> upp
                 const Real scale = scale_as<Real>(call.scale);
                 Real delta[kBlock];
                 Key key[kBlock];
-                int64_t kept = 0, unchanged = 0;
+                int32_t unchanged[kGroup] = {};
+                int64_t kept = 0;
                 for (int64_t done = 0; done < length;) {
                     int64_t stop = done + kBlock < length ? done + kBlock : length;
                     stop = upper.limit_end(index + done, index + stop) - index;
@@ -417,7 +436,7 @@ static void apply_bound(const TopmCall& call, const Group& group, Bound<Key> upp
                     const int n = int(stop - done);
                     const Key high = upper.limit(index + done), low = lower.limit(index + done);
                     load_keys(t, local + done, n, delta, key);
-                    if (!call.select) fetch_touched(params + local + done, key, n, low);
+                    if (!call.select && scattered) fetch_touched(params + local + done, key, n, low);
                     for (int i = 0; i < n; i += kGroup) {
                         uint32_t chosen = at_least(key + i, low);
                         if (chosen != 0) chosen &= ~at_least(key + i, high);
@@ -436,27 +455,32 @@ static void apply_bound(const TopmCall& call, const Group& group, Bound<Key> upp
                                     static_cast<float*>(call.values)[slot] = float(delta[i + bit]);
                             }
                         if (!call.select)
-                            unchanged += edit_any(params + at, delta + i, key + i, low, high, scale,
-                                                  n - i < kGroup ? n - i : kGroup);
+                            edit_any(params + at, delta + i, key + i, low, high, scale, n - i < kGroup ? n - i : kGroup,
+                                     unchanged);
                     }
                     done = stop;
                 }
                 count(&call.kept[out], kept);
-                count(&call.unchanged[out], unchanged);
+                count(&call.unchanged[out], sum_lanes(unchanged));
             });
         });
     });
 }
 
-// One entry: its delta, and params edited. Returns 1 if the rounded result is what it was.
-template <class Real, class T>
-static inline int64_t edit_one(const TopmTensor& t, T* params, int64_t local, Real scale) {
-    Real b[1], d[1], before[1], after[1];
+// One entry's delta, and params edited. Returns 1 if the rounded result is what it was.
+template <class Real>
+static inline Real delta_of(const TopmTensor& t, int64_t local) {
+    Real b[1] = {}, d[1] = {};  // the compiler does not see that every dtype fills them
     load_block(reinterpret_cast<const void*>(t.base), DType(t.base_dtype), local, 1, b);
     load_block(reinterpret_cast<const void*>(t.tuned), DType(t.tuned_dtype), local, 1, d);
-    load_block(params + local, 1, before);
-    round_to(sub_rn(before[0], mul_rn(scale, sub_rn(d[0], b[0]))), params + local);
-    load_block(params + local, 1, after);
+    return sub_rn(d[0], b[0]);
+}
+template <class Real, class T>
+static inline int64_t edit_one(T* params, Real delta, Real scale) {
+    Real before[1], after[1];
+    load_block(params, 1, before);
+    round_to(sub_rn(before[0], mul_rn(scale, delta)), params);
+    load_block(params, 1, after);
     return before[0] == after[0];
 }
 
@@ -472,6 +496,7 @@ static void edit_chosen(const TopmCall& call, const Group& group, const Pair* pa
     parallel_for((n + kRun - 1) / kRun, call.threads, [&](int64_t run) {
         const int64_t end = (run + 1) * kRun < n ? (run + 1) * kRun : n;
         int64_t local[kBatch];
+        double delta[kBatch];
         int64_t which = 0, tensor_begin = 0, tensor_end = 0;
         int waiting = 0;
         const auto edit_waiting = [&] {
@@ -479,8 +504,11 @@ static void edit_chosen(const TopmCall& call, const Group& group, const Pair* pa
             const TopmTensor& t = group.tensors[which];
             int64_t unchanged = 0;
             with_types<Key>(t, true, [&](auto* params, auto real) {
-                const auto scale = scale_as<decltype(real)>(call.scale);
-                for (int i = 0; i < waiting; ++i) unchanged += edit_one(t, params, local[i], scale);
+                using Real = decltype(real);
+                const Real scale = scale_as<Real>(call.scale);
+                for (int i = 0; i < waiting; ++i)
+                    unchanged += edit_one(params + local[i],
+                                          t.importance_dtype < 0 ? Real(delta[i]) : delta_of<Real>(t, local[i]), scale);
             });
             count(&call.kept[group.first + which], waiting);
             count(&call.unchanged[group.first + which], unchanged);
@@ -489,7 +517,7 @@ static void edit_chosen(const TopmCall& call, const Group& group, const Pair* pa
         for (int64_t p = run * kRun; p < end; ++p) {
             const Pair pair = pairs[p];
             const int64_t index = int64_t(pair.index);
-            if (pair.key == 0 || !bound.holds(pair.key, index)) continue;
+            if (pair.signed_key == 0 || !bound.holds(pair.key(), index)) continue;
             if (index < tensor_begin || index >= tensor_end) {
                 edit_waiting();
                 which = tensor_of(group, index);
@@ -498,9 +526,12 @@ static void edit_chosen(const TopmCall& call, const Group& group, const Pair* pa
             }
             const TopmTensor& t = group.tensors[which];
             local[waiting] = index - tensor_begin;
+            delta[waiting] = pair.delta();
             prefetch(t.params, t.params_dtype, local[waiting]);
-            prefetch(t.base, t.base_dtype, local[waiting]);
-            prefetch(t.tuned, t.tuned_dtype, local[waiting]);
+            if (t.importance_dtype >= 0) {
+                prefetch(t.base, t.base_dtype, local[waiting]);
+                prefetch(t.tuned, t.tuned_dtype, local[waiting]);
+            }
             if (++waiting == kBatch) edit_waiting();
         }
         edit_waiting();
@@ -543,12 +574,12 @@ static int64_t narrow(const Pair* pairs, int64_t n, Pair* work, uint64_t low, ui
 template <class Pair, class Key = typename Pair::Key>
 static Bound<Key> rank_of(const Pair* pairs, int64_t n, Pair* work, int64_t rank, int threads) {
     // Descending key = ascending complement; empty slots (key 0) come out above every range.
-    const auto by_key = [](const Pair& pair) { return uint64_t(KeyTraits<Key>::none) - uint64_t(pair.key); };
+    const auto by_key = [](const Pair& pair) { return uint64_t(KeyTraits<Key>::none) - uint64_t(pair.key()); };
     const auto by_index = [](const Pair& pair) { return uint64_t(pair.index); };
     uint64_t low = uint64_t(KeyTraits<Key>::none), high = 0;
     for (int64_t i = 0; i < n; ++i) {
         const uint64_t v = by_key(pairs[i]);
-        if (pairs[i].key == 0) continue;
+        if (pairs[i].signed_key == 0) continue;
         low = v < low ? v : low;
         high = v > high ? v : high;
     }
@@ -675,12 +706,20 @@ static Bound<Key> select_exactly(const TopmCall& call, const Group& group, Bound
 
 // ---- 1 sample
 
-// s = N^(2/3), as a power of two: what a sampled position costs (two cache misses) against what a candidate costs.
-static int64_t sample_size(int64_t n) {
+// One position is drawn from every stratum of `width` neighbours. Strata are visited in order, so that the hardware's
+// prefetchers and the TLB see a stream; the ranks of a stratified sample spread no more than those of independent draws
+// (sum p_i (1 - p_i) <= s q (1 - q)), and the less than `width` entries behind the last stratum shift a rank by less
+// than 1. About N^(2/3) positions: what a position costs (two cache misses) against what a candidate costs.
+struct Strata {
+    int64_t width, count;
+};
+static Strata strata_of(int64_t n) {
     int64_t s = 1 << 12;
     while (s < (1 << 22) && double(s) * double(s) * double(s) < double(n) * double(n)) s *= 2;
-    return s;
+    const int64_t width = n / s < 1 ? 1 : n / s;
+    return {width, n / width};
 }
+static int64_t sample_size(int64_t n) { return strata_of(n).count; }
 
 // Ranks between the expected place of the m-th entry in the sample and an edge of the bracket. Upper edge with
 // one_pass, where a miss cannot be repaired: 12 sigma, and 64 ranks for thin tails: Bernstein's bound is below 1e-30
@@ -706,11 +745,16 @@ static int64_t pool_capacity(const TopmCall& call, const Group& group) {
 
 template <class Pair, class Key = typename Pair::Key>
 static void draw_sample(const TopmCall& call, const Group& group, Pair* pairs, int64_t s) {
-    constexpr int kAhead = 64;  // positions in flight per thread
-    parallel_for(s / kAhead, call.threads, [&](int64_t run) {
-        int64_t index[kAhead], which[kAhead];
-        for (int i = 0; i < kAhead; ++i) {
-            index[i] = int64_t(mulhi64(philox_u64(kSampleSeed, uint64_t(run * kAhead + i), 0), uint64_t(group.size)));
+    constexpr int kInFlight = 64;  // positions per thread
+    const int64_t width = strata_of(group.size).width;
+    parallel_for((s + kInFlight - 1) / kInFlight, call.threads, [&](int64_t run) {
+        const int64_t first = run * kInFlight;
+        const int n = int(s - first < kInFlight ? s - first : kInFlight);
+        int64_t index[kInFlight], which[kInFlight];
+        PhiloxBlock block = {};
+        for (int i = 0; i < n; ++i) {
+            if (i % 4 == 0) block = philox(kSampleSeed, uint64_t(first + i) / 4, 0);
+            index[i] = (first + i) * width + int64_t((uint64_t(block.word[i % 4]) * uint64_t(width)) >> 32);
             which[i] = tensor_of(group, index[i]);
             const TopmTensor& t = group.tensors[which[i]];
             const int64_t local = index[i] + group.offset - t.first;
@@ -718,10 +762,10 @@ static void draw_sample(const TopmCall& call, const Group& group, Pair* pairs, i
             prefetch(t.tuned, t.tuned_dtype, local);
             if (t.importance_dtype >= 0) prefetch(t.importance, t.importance_dtype, local);
         }
-        for (int i = 0; i < kAhead; ++i) {
+        for (int i = 0; i < n; ++i) {
             const TopmTensor& t = group.tensors[which[i]];
             const Key key = key_of_entry<Key>(call, t, index[i] + group.offset - t.first);
-            pairs[run * kAhead + i] = {key, typename Pair::Index(index[i])};
+            pairs[first + i] = {key, typename Pair::Index(index[i])};
         }
     });
 }
@@ -793,7 +837,7 @@ static TopmStatus settle(const TopmCall& call, const Group& group, const Scratch
         const int64_t s = sample_size(group.size);
         draw_sample(call, group, pairs, s);
         int64_t eligible = 0;
-        for (int64_t i = 0; i < s; ++i) eligible += pairs[i].key != 0;
+        for (int64_t i = 0; i < s; ++i) eligible += pairs[i].signed_key != 0;
         const int64_t middle = int64_t(double(s) * (double(group.m) / double(group.size)));
         const int64_t up = sample_margin(s, group.size, group.m, call.one_pass);
         const int64_t down = sample_margin(s, group.size, group.m, false);
@@ -845,7 +889,7 @@ static TopmStatus settle(const TopmCall& call, const Group& group, const Scratch
     // A record is written in order: how many each chunk selects says where each starts.
     if (settled->pool_used >= 0) {
         for (int64_t i = 0; i < settled->pool_used; ++i)
-            if (pairs[i].key != 0 && settled->bound.holds(pairs[i].key, int64_t(pairs[i].index)))
+            if (pairs[i].signed_key != 0 && settled->bound.holds(pairs[i].key(), int64_t(pairs[i].index)))
                 ++chunk_counts[int64_t(pairs[i].index) / kChunk];
     } else {
         parallel_for(num_chunks(group), call.threads, [&](int64_t chunk) {

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import is_dataclass
 from typing import Any, NoReturn
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -16,29 +18,61 @@ def fail(argument: str, rule: str, value: object, remedy: str = "", error: type[
 
 
 def describe(value: object) -> str:
-    """A value as an error shows it: tensors by shape and dtype, never by content."""
+    """A value as an error shows it: tensors by shape and dtype, never by content; huge integers by their length."""
     if isinstance(value, torch.Tensor):
+        if value.is_nested:  # it has no shape
+            return f"a nested tensor of dtype {value.dtype} on {value.device}"
         return f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype} on {value.device}"
     if isinstance(value, (list, tuple)):
         return f"a {type(value).__name__} of {len(value)}"
+    if is_dataclass(value) and not isinstance(value, type):
+        return f"a {type(value).__name__}"
+    if isinstance(value, int) and abs(value) >= 2**128:
+        return f"an integer of {value.bit_length()} bits"
     return repr(value)
 
 
 def tensor(argument: str, value: object) -> torch.Tensor:
-    """Return ``value`` if it is a tensor, else raise TypeError."""
+    """Return ``value`` if it is a dense (strided) tensor, else raise TypeError."""
     if not isinstance(value, torch.Tensor):
         fail(argument, "be a tensor", describe(value), error=TypeError)
+    if value.is_nested:
+        fail(argument, "be a dense (strided) tensor", describe(value), "Call .to_padded_tensor(0.0) first.", TypeError)
+    if value.layout is not torch.strided:
+        fail(argument, "be a dense (strided) tensor", value.layout, "Call .to_dense() first.", TypeError)
     return value
 
 
 def floating(argument: str, value: object) -> torch.Tensor:
     """Return ``value`` if it is a strided tensor of a dtype that the ops read, else raise TypeError."""
+    if isinstance(value, torch.Tensor) and value.dtype not in FLOATING:
+        fail(argument, "be float32, float64, float16 or bfloat16", value.dtype, "Convert it first.", TypeError)
     checked = tensor(argument, value)
-    if checked.dtype not in FLOATING:
-        fail(argument, "be float32, float64, float16 or bfloat16", checked.dtype, "Convert it first.", TypeError)
-    if checked.layout is not torch.strided:
-        fail(argument, "be a dense (strided) tensor", checked.layout, "Call .to_dense() first.", TypeError)
+    if not torch.compiler.is_compiling() and checked.is_neg():
+        fail(argument, "hold its values as they are", "a view with the negative bit set", "Call .resolve_neg() first.")
     return checked
+
+
+def abstract(value: object) -> bool:
+    """Whether ``value`` is a tensor without data: on the meta device, or fake as under torch.compile."""
+    return isinstance(value, torch.Tensor) and (value.is_meta or isinstance(value, FakeTensor))
+
+
+def values(argument: str, value: torch.Tensor, device: torch.device, rule: str = "be real numbers") -> torch.Tensor:
+    """Return a tensor of parameters for a call on ``device``, detached, if it holds numbers that can be read there."""
+    tensor(argument, value)
+    if value.is_complex() or value.dtype == torch.bool:
+        fail(argument, rule, value.dtype, error=TypeError)
+    if value.is_meta and device.type != "meta":
+        fail(argument, "hold values", describe(value), f"Pass it on {device}.")
+    return value.detach()
+
+
+def boolean(argument: str, value: Any) -> bool:
+    """Return ``value`` if it is True or False, else raise TypeError."""
+    if type(value) is not bool:
+        fail(argument, "be True or False", describe(value), error=TypeError)
+    return value
 
 
 def number(argument: str, value: Any, low: float, high: float, rule: str, remedy: str = "") -> float:
@@ -46,7 +80,7 @@ def number(argument: str, value: Any, low: float, high: float, rule: str, remedy
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         fail(argument, rule, describe(value), remedy, TypeError)
     if not low <= value <= high:
-        fail(argument, rule, value, remedy)
+        fail(argument, rule, describe(value), remedy)
     return value
 
 
@@ -55,12 +89,15 @@ def integer(argument: str, value: Any, low: int, high: int, rule: str, remedy: s
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         fail(argument, rule, describe(value), remedy, TypeError)
     if not (low <= value <= high):
-        fail(argument, rule, value, remedy)
+        fail(argument, rule, describe(value), remedy)
     return value
 
 
 def choice(argument: str, value: Any, options: Sequence[str]) -> str:
     """Return ``value`` if it is one of ``options``, else raise."""
+    rule = "be one of " + ", ".join(map(repr, options))
+    if not isinstance(value, str):
+        fail(argument, rule, describe(value), error=TypeError)
     if value not in options:
-        fail(argument, "be one of " + ", ".join(map(repr, options)), repr(value))
+        fail(argument, rule, repr(value))
     return value

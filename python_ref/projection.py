@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -13,6 +14,8 @@ from .philox import philox4x32
 from .results import ProjectionStats
 
 __all__ = ["gradient_gram", "project_conflicts"]
+
+LARGEST = sys.float_info.max
 
 Gradients = torch.Tensor | Sequence[torch.Tensor] | Sequence[Sequence[torch.Tensor]]
 
@@ -87,8 +90,9 @@ def project_conflicts(
     """
     form = check_grads(grads)
     weights = check_weights(weights, form)
-    mode, given = check_order(order, form.k)
+    mode, given = check_order(order, form)
     check.choice("reduction", reduction, ("sum", "mean"))
+    check.boolean("return_stats", return_stats)
     check.integer("seed", seed, 0, 2**63 - 1, "be an integer in [0, 2**63)")
 
     rows = _rows(form)
@@ -194,26 +198,41 @@ def check_weights(weights: torch.Tensor | Sequence[float] | None, form: Form) ->
     if weights is None:
         return None
     if not isinstance(weights, torch.Tensor):
-        if not isinstance(weights, Sequence) or not all(isinstance(w, (int, float)) for w in weights):
+        if not isinstance(weights, Sequence) or isinstance(weights, str):
             check.fail("weights", "be a tensor or a sequence of k numbers", check.describe(weights), "", TypeError)
-        weights = torch.tensor(weights, dtype=torch.float64)
-    if weights.dtype == torch.bool or weights.is_complex():
-        check.fail("weights", "be real numbers", weights.dtype, "", TypeError)
+        numbers = [_weight(f"weights[{i}]", w) for i, w in enumerate(weights)]
+        if torch.compiler.is_compiling() and numbers:  # torch.tensor would make a graph per value
+            weights = torch.stack([torch.ones((), dtype=torch.float64, device=form.device) * w for w in numbers])
+        else:
+            weights = torch.tensor(numbers, dtype=torch.float64, device="cpu")
+    weights = check.values("weights", weights, form.device)
     shape = form.batch + (form.k,)
     if tuple(weights.shape) not in ((form.k,), shape):
         either = f"[{form.k}]" + (f" or {list(shape)}" if form.batch else "")
         check.fail("weights", f"have shape {either}", list(weights.shape), "One weight per objective.")
-    return weights.detach().to(form.device, torch.float64).expand(shape).reshape(form.groups, form.k)
+    return weights.to(form.device, torch.float64).expand(shape).reshape(form.groups, form.k)
 
 
-def check_order(order: str | torch.Tensor, k: int) -> tuple[str, torch.Tensor | None]:
-    """Return ("random" | "fixed" | "given", the tensor if given), values unchecked, or raise."""
+def _weight(name: str, value: Any) -> float:
+    """One weight of a sequence as a float; NaN and infinities are refused later, by value."""
+    if isinstance(value, float):
+        return value
+    return float(check.number(name, value, -LARGEST, LARGEST, "be a number that float64 holds"))
+
+
+def check_order(order: str | torch.Tensor, form: Form) -> tuple[str, torch.Tensor | None]:
+    """Return ("random" | "fixed" | "given", the tensor if given), values unchecked, or raise.
+
+    A given order is on the CPU, where its values are checked without reading a device, or with the gradients.
+    """
+    k = form.k
     if isinstance(order, torch.Tensor):
-        if order.is_floating_point() or order.is_complex() or order.dtype == torch.bool:
+        order = check.values("order", order, form.device, "hold integers")
+        if order.is_floating_point():
             check.fail("order", "hold integers", order.dtype, "Convert it with .long().", TypeError)
         if tuple(order.shape) not in ((k, k - 1), (k, k)):
             check.fail("order", f"have shape [{k}, {k - 1}] or [{k}, {k}]", list(order.shape))
-        return "given", order
+        return "given", order if order.device.type == "cpu" else order.to(form.device)
     if not isinstance(order, str) or order not in ("random", "fixed"):
         check.fail("order", "be 'random', 'fixed' or an integer tensor [k, k - 1] or [k, k]", check.describe(order))
     return order, None
@@ -226,11 +245,11 @@ def order_table(mode: str, given: torch.Tensor | None, groups: int, k: int, seed
     """Return int64 [groups, k, k - 1]: for each group and objective, the others in the order they are projected on."""
     if mode == "random":
         table = [[draw_order(seed, g, i, k) for i in range(k)] for g in range(groups)]
-        return torch.tensor(table, dtype=torch.int64).reshape(groups, k, k - 1)
+        return torch.tensor(table, dtype=torch.int64, device="cpu").reshape(groups, k, k - 1)
     if given is not None:
         return check_order_values(given, k).expand(groups, k, k - 1)
     others = [[j for j in range(k) if j != i] for i in range(k)]
-    return torch.tensor(others, dtype=torch.int64).reshape(k, k - 1).expand(groups, k, k - 1)
+    return torch.tensor(others, dtype=torch.int64, device="cpu").reshape(k, k - 1).expand(groups, k, k - 1)
 
 
 def draw_order(seed: int, group: int, objective: int, k: int) -> list[int]:
@@ -256,7 +275,8 @@ def check_order_values(order: torch.Tensor, k: int) -> torch.Tensor:
         if set(row) != wanted:
             what = "all objectives" if len(row) == k else "the others"
             check.fail(f"order[{i}]", f"be a permutation of {what}, {sorted(wanted)}", row)
-    return torch.tensor([[j for j in row if j != i] for i, row in enumerate(rows)], dtype=torch.int64).reshape(k, k - 1)
+    others = [[j for j in row if j != i] for i, row in enumerate(rows)]
+    return torch.tensor(others, dtype=torch.int64, device="cpu").reshape(k, k - 1)
 
 
 def check_weight_values(weights: torch.Tensor) -> None:
@@ -290,7 +310,7 @@ def raise_not_finite(form: Form, active: torch.Tensor | None) -> NoReturn:
         stacked = form.dense.detach().reshape(form.groups, form.k, form.dense.shape[-1])
         named = []
         for g in range(stacked.shape[0]):
-            batch = torch.unravel_index(torch.tensor(g), form.batch) if form.batch else ()
+            batch = torch.unravel_index(torch.tensor(g, device="cpu"), form.batch) if form.batch else ()
             prefix = "".join(f"{int(b)}, " for b in batch)
             named += [(g, i, f"grads[{prefix}{i}]", stacked[g, i]) for i in range(form.k)]
     else:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -37,6 +39,11 @@ class TopmEdit:
     tensor of the call is float64, else float32). ``kept``: entries selected, int64. ``unchanged``: selected, but the
     rounded result equals the original, int64. ``nonfinite``: entries that could not be selected because their delta is
     NaN or Inf (or their importance is not finite and >= 0), int64. ``undo``: the undo record, or None.
+
+    Negative counts are what CUDA can only flag (`raise_if_bad` makes them the CPU's errors). ``nonfinite`` -1:
+    `topm_subtract_` missed its bracket, and params are spoilt. ``unchanged`` below 0: `sparse_subtract_` wrote nothing,
+    since at this tensor the delta has an index out of range or order (-1), a value that is not finite (-2) or a count
+    out of range (-3), or, at the first tensor, its counts do not sum up (-4). Its undo record holds only -1.
     """
 
     threshold: torch.Tensor
@@ -46,7 +53,7 @@ class TopmEdit:
     undo: UndoRecord | None = None
 
     def revert_(self, params: torch.Tensor | Iterable[torch.Tensor]) -> None:
-        """Restore every bit that the edit changed.
+        """Restore every bit that the edit changed. Version counters are bumped as by the edit.
 
         Args:
             params: The params that were edited, or equally shaped ones that hold the same values.
@@ -65,9 +72,7 @@ class TopmEdit:
         if self.undo is None:
             check.fail("undo", "have been True when the edit was made", False, "There is no record to revert from.")
         record = self.undo
-        tensors = [params] if isinstance(params, torch.Tensor) else list(params)
-        for i, tensor in enumerate(tensors):
-            check.tensor(f"params[{i}]", tensor)
+        tensors = tensor_list("params", params)
         check_same_params(tensors, record.shapes, record.dtypes)
         starts = [0]
         for tensor in tensors:
@@ -81,9 +86,33 @@ class TopmEdit:
             flat = target.contiguous().view(-1)
             integers = flat.view(_INTEGER_OF[flat.element_size()])
             place = (indices[here] - starts[i]).to(flat.device)
-            integers[place] = bits[here].to(flat.device, integers.dtype)
-            if not target.is_contiguous():
-                target.copy_(flat.view(target.shape))
+            with writing(target):
+                integers[place] = bits[here].to(flat.device, integers.dtype)
+                if not target.is_contiguous():
+                    target.copy_(flat.view(target.shape))
+        bump_versions(tensors)
+
+
+def tensor_list(argument: str, value: Any) -> list[torch.Tensor]:
+    """A tensor, or an iterable of at least one, as a list of floating tensors."""
+    if isinstance(value, torch.Tensor):
+        return [check.floating(argument, value)]
+    if not isinstance(value, Iterable):
+        check.fail(argument, "be a tensor or a sequence of tensors", check.describe(value), error=TypeError)
+    tensors = [check.floating(f"{argument}[{i}]", tensor) for i, tensor in enumerate(value)]
+    if not tensors:
+        check.fail(argument, "have at least one tensor", "none")
+    return tensors
+
+
+def writing(tensor: torch.Tensor) -> AbstractContextManager[object]:
+    """Where ``tensor`` may be written: inference tensors only in inference mode, all others everywhere."""
+    return torch.inference_mode() if tensor.is_inference() else nullcontext()
+
+
+def bump_versions(tensors: Sequence[torch.Tensor]) -> None:
+    """Tell autograd that the tensors were written, also in inference mode; inference tensors have no version."""
+    torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
 
 
 def check_same_params(

@@ -137,14 +137,14 @@ def guided_sample(
             left, ties included; 1 is off.
         min_p: scalar or [B] in [0, 1]; keeps tokens of at least this share of the best token's probability; 0 is off.
         vocab_size: columns from here on are padding and never drawn.
-        seed: int, or int64 [B]. With an int, row i draws with counter (offset, i); with a tensor, from its own seed
-            and offset alone, so that its token does not depend on the batch around it.
+        seed: int (or a 0-dim tensor), or int64 [B]. With an int, row i draws with counter (offset, i); with one value
+            per row, from its own seed and offset alone, so that its token does not depend on the batch around it.
         offset: int or int64 [B]; advance it at every step.
         return_logprobs: also return the drawn tokens' log-probs.
 
     Returns:
         int64 [B]; with ``return_logprobs`` also fp32 [B], each token's log-prob under softmax(combined / temperature)
-        before the filters (at temperature 0: at temperature 1).
+        before the filters (at temperature 0: at temperature 1). Detached.
 
     Raises:
         ValueError: a shape, range or row that has no distribution; the text names argument, value and remedy.
@@ -158,6 +158,7 @@ def guided_sample(
     tensor([0])
     """
     logits = arguments.logits(base_logits, guide_logits, vocab_size)
+    check.boolean("return_logprobs", return_logprobs)
     rows, device = base_logits.shape[0], base_logits.device
     stacked = guide_logits is not None and guide_logits.dim() == 3
     strength = arguments.guidance(guidance, rows, logits.num_guides, stacked, device)
@@ -181,7 +182,7 @@ def guided_sample(
             if t == 0:
                 token = int(z[row].argmax())
             else:
-                index = 0 if isinstance(seed, torch.Tensor) else row
+                index = 0 if arguments.per_row(seed) else row
                 word = uniform_u64(int(seeds[row]), int(offsets[row]), index)
                 filters = int(best_k[row]), nucleus[row].item(), floor[row].item()
                 kept = kept_tokens(z[row], weights[row], *filters)
@@ -193,16 +194,20 @@ def guided_sample(
 
 
 class _LogProbs(torch.autograd.Function):
-    """log softmax(z / temperature) from the integer weights, so that it agrees with ``guided_sample`` to the bit."""
+    """log softmax(z / temperature); in fp32 from the integer weights, so that ``guided_sample`` agrees to the bit."""
 
     @staticmethod
-    def forward(ctx: Any, z: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+    def forward(z: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+        if z.dtype == torch.float64:
+            return torch.log_softmax(z / temperature[:, None], dim=-1)
         mass = integer_weights(z, temperature).sum(dim=-1)
         log_masses = torch.tensor([log_mass(m) for m in mass.tolist()], dtype=torch.float64, device=z.device)
         below = z.double() - z.amax(dim=-1, keepdim=True).double()
-        logprobs = (below / temperature[:, None].double() - log_masses[:, None]).float()
-        ctx.save_for_backward(logprobs, temperature)
-        return logprobs
+        return (below / temperature[:, None].double() - log_masses[:, None]).float()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, torch.Tensor], output: torch.Tensor) -> None:
+        ctx.save_for_backward(output, inputs[1])
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -233,11 +238,13 @@ def guided_logprobs(
         vocab_size: columns from here on are padding, -inf in the result.
 
     Returns:
-        fp32 [B, V] (fp64 where any logits are fp64), -inf at masked ids; differentiable in all logits.
+        fp32 [B, V] (fp64 where any logits are fp64), -inf at masked ids. Differentiable in all logits, in reverse mode;
+        guidance and temperature are constants, and masked tokens neither give nor get a gradient.
 
     Raises:
         ValueError: a shape, range or row that has no distribution.
         TypeError: an argument of the wrong type.
+        NotImplementedError: logits carry forward-mode tangents (torch.func.jvp).
 
     >>> guided_logprobs(torch.zeros(1, 4)).exp()
     tensor([[0.2500, 0.2500, 0.2500, 0.2500]])
@@ -247,11 +254,10 @@ def guided_logprobs(
     stacked = guide_logits is not None and guide_logits.dim() == 3
     strength = arguments.guidance(guidance, rows, logits.num_guides, stacked, device)
     heat = arguments.knob("temperature", temperature, rows, device, torch.float32)
+    arguments.refuse_forward_mode(base_logits, guide_logits)
     arguments.positive_temperature(heat)
-    arguments.ranges(heat, *(torch.zeros(1),) * 3, strength)
+    arguments.ranges(heat, *(torch.zeros(1, device=device),) * 3, strength)
     double = torch.float64 in (base_logits.dtype, guide_logits.dtype if guide_logits is not None else None)
     z = combine(logits, strength.double() if double else strength)
     refuse_bad_rows(z.detach())
-    if double:
-        return torch.log_softmax(z / heat[:, None].double(), dim=-1)
-    return _LogProbs.apply(z, heat)
+    return _LogProbs.apply(z, heat.to(z.dtype))

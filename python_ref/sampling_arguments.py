@@ -6,6 +6,7 @@ import sys
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from . import check
 
@@ -64,42 +65,51 @@ def guidance(value: Any, rows: int, guides: int, stacked: bool, device: torch.de
     """Return the strength of every guide in every row, fp32 [B, G].
 
     A scalar holds for all. A 1-D tensor is per row [B] with one guide [B, V], per guide [G] with stacked guides
-    [G, B, V]; [B, G] is both.
+    [G, B, V]; [B, G] is both. Detached.
     """
     if not isinstance(value, torch.Tensor):
         rule = "be a finite number, or a tensor"
         strength = check.number("guidance", value, -LARGEST, LARGEST, rule, _STRENGTH_REMEDY)
         return _filled((rows, guides), strength, torch.float32, device)
+    checked = check.values("guidance", value, device)
     expected = (guides,) if stacked else (rows,)
-    if value.dim() == 0 or tuple(value.shape) in (expected, (rows, guides)):
-        shaped = value[:, None] if value.dim() == 1 and not stacked else value
+    if checked.dim() == 0 or tuple(checked.shape) in (expected, (rows, guides)):
+        shaped = checked[:, None] if checked.dim() == 1 and not stacked else checked
         return shaped.to(device, torch.float32).expand(rows, guides)
-    reading = f"per guide [{guides}] with stacked guides" if stacked else f"per row [{rows}] with one guide [B, V]"
-    rule = f"be a scalar, {reading} (a 1-D tensor), or per row and guide [{rows}, {guides}]"
-    check.fail("guidance", rule, check.describe(value))
+    check.fail(
+        "guidance",
+        "be a scalar, per row [B] with one guide [B, V], per guide [G] with stacked guides [G, B, V], or both [B, G]",
+        check.describe(checked),
+        f"Here {'guides are stacked' if stacked else 'is one guide' if guides else 'is no guide'}, B = {rows} and "
+        f"G = {guides}: shape {list(expected)} or {[rows, guides]}.",
+    )
 
 
 def knob(name: str, value: Any, rows: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Return a scalar or per-row sampling parameter as a tensor [B] of ``dtype`` (its range is checked later)."""
+    """Return a scalar or per-row sampling parameter as a detached tensor [B] of ``dtype``; ranges are checked later."""
     integral = dtype == torch.int64
     if isinstance(value, torch.Tensor):
+        value = check.values(name, value, device, "be an integer tensor" if integral else "be real numbers")
         if value.dim() > 1 or (value.dim() == 1 and value.shape[0] != rows):
             check.fail(name, f"be a scalar or have shape [{rows}], one value per row", check.describe(value))
-        if integral and (value.is_floating_point() or value.dtype == torch.bool):
+        if integral and value.is_floating_point():
             check.fail(name, "be an integer tensor", check.describe(value), error=TypeError)
         return value.to(device, dtype).expand(rows)
     kind = "an int" if integral else "a number"
     if isinstance(value, bool) or not isinstance(value, int if integral else (int, float)):
         check.fail(name, f"be {kind} or a tensor [B]", check.describe(value), error=TypeError)
     if integral and not 0 <= value < 2**63:
-        check.fail(name, "be in [0, 2**63)", value)
+        check.fail(name, "be in [0, 2**63)", check.describe(value))
+    if not integral and isinstance(value, int):
+        check.number(name, value, -LARGEST, LARGEST, "be a number that float64 holds")
     return _filled((rows,), value, dtype, device)
 
 
 def _filled(shape: tuple[int, ...], value: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """A tensor of one value. By multiplication, since torch.full would make torch.compile specialise on the value."""
-    wide = torch.int64 if dtype == torch.int64 else torch.float64
-    return (torch.ones(shape, dtype=wide, device=device) * value).to(dtype)
+    if dtype == torch.int64:
+        return torch.ones(shape, dtype=torch.int64, device=device) * value
+    return (torch.ones(shape, dtype=torch.float64, device=device) * float(value)).to(dtype)
 
 
 def ranges(
@@ -119,6 +129,11 @@ def counters(seed: torch.Tensor, offset: torch.Tensor) -> None:
     _all("offset", offset, offset >= 0, "be in [0, 2**63)", "")
 
 
+def per_row(seed: Any) -> bool:
+    """Whether ``seed`` has one value per row, so that rows draw from it alone; else the row is in the counter."""
+    return isinstance(seed, torch.Tensor) and seed.dim() == 1
+
+
 def positive_temperature(temperature: torch.Tensor) -> None:
     """Raise unless every temperature is finite and > 0."""
     good = (temperature > 0) & temperature.isfinite()
@@ -129,3 +144,14 @@ def _all(name: str, values: torch.Tensor, good: torch.Tensor, rule: str, remedy:
     if not bool(good.all()):
         index = tuple((~good).nonzero()[0].tolist())
         check.fail(name, rule, f"{values[index].item()} in row {index[0]}", remedy)
+
+
+def refuse_forward_mode(*logits: torch.Tensor | None) -> None:
+    """Raise where a tensor carries a forward-mode tangent, which would be dropped in silence."""
+    if forward_ad._current_level < 0:
+        return
+    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in logits):
+        raise NotImplementedError(
+            "guided_logprobs must not be given forward-mode tangents (torch.func.jvp, jacfwd, hessian): only reverse "
+            "mode is implemented. Use torch.func.vjp, jacrev or backward()."
+        )

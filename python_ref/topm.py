@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from . import check
-from .results import SparseDelta, TopmEdit, UndoRecord, check_same_params
+from .results import SparseDelta, TopmEdit, UndoRecord, bump_versions, check_same_params, tensor_list, writing
 
 __all__ = ["sparse_subtract_", "topm_select", "topm_subtract_"]
 
 Tensors = Tensor | Iterable[Tensor]
 _INTEGER_OF = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _FLOAT32_MAX = 3.4028234663852886e38
+_MOST_TRIES = 10_000  # of `_reaches`, a few milliseconds
 
 
 def topm_subtract_(
@@ -41,6 +42,9 @@ def topm_subtract_(
     inside each, whatever the strides). delta = fl(tuned - base), result = round(fl(params - fl(scale * delta))): one
     fp32 rounding each, never fused; fp64 throughout for a tensor where any of the three is fp64 (16-bit params then by
     way of fp32). The same bits on every device and for every thread count.
+
+    Under torch.compile one tensor given twice is refused as in eager mode, but views that overlap are not noticed. Pass
+    the same ``scale`` and ``density`` at every call there: a float makes a graph per value.
 
     Args:
         params: A tensor or several; float32, float64, float16 or bfloat16; may be ``model.parameters()``. May be
@@ -72,6 +76,8 @@ def topm_subtract_(
     """
     call = prepare(params, base, tuned, m, density, scope, importance)
     scale = check_scale(scale)
+    check.boolean("check_finite", check_finite)
+    check.boolean("undo", undo)
     return edit_result(
         call,
         undo,
@@ -103,7 +109,7 @@ def topm_select(
     >>> delta.indices, delta.values
     (tensor([0, 1]), tensor([ 0.5000, -4.0000]))
     """
-    call = prepare(None, base, tuned, m, density, scope, importance)
+    call = prepare(None, base, tuned, m, density, scope, importance, selecting=True)
     return select_result(call, select_core(call.base, call.tuned, call.importance, call.m, call.per_tensor))
 
 
@@ -120,8 +126,9 @@ def sparse_subtract_(params: Tensors, delta: SparseDelta, *, scale: float = 1.0,
         A `TopmEdit`.
 
     Raises:
-        ValueError: Indices out of range, unsorted or repeated; counts or shapes that do not match; overlapping params.
-        TypeError: Dtypes that do not match.
+        ValueError: Indices out of range, unsorted or repeated; values that are not finite; counts or shapes that do not
+            match; overlapping params (under torch.compile: one param given twice).
+        TypeError: Dtypes that do not match, fields of another type.
 
     >>> params = torch.zeros(3)
     >>> edit = sparse_subtract_(params, topm_select(torch.zeros(3), torch.tensor([0.5, -4.0, 0.25]), m=1))
@@ -129,7 +136,7 @@ def sparse_subtract_(params: Tensors, delta: SparseDelta, *, scale: float = 1.0,
     tensor([0., 4., 0.])
     """
     tensors = prepare_sparse(params, delta)
-    scale = check_scale(scale)
+    scale, undo = check_scale(scale), check.boolean("undo", undo)
     wide = [dtype == torch.float64 for dtype in delta.dtypes]
     unchanged, indices, bits = sparse_core(tensors, delta.indices, delta.values, delta.counts, wide, scale, undo)
     return sparse_result(tensors, delta, undo, unchanged, indices, bits)
@@ -160,6 +167,7 @@ def subtract_core(
         before = _edit(param, delta[index], index, scale, unchanged[i])
         record.append((index + first, before))
         first += param.numel()
+    bump_versions(params)
     return threshold, kept, unchanged, nonfinite, *_record(params, record, sum(m), undo)
 
 
@@ -191,6 +199,7 @@ def sparse_core(
         bad[1:] |= index[1:] <= index[:-1]
         if bad.any():
             refuse_index(i, int(index[bad][0]), params[i].numel())
+    check_values(values, per_tensor)
     unchanged = torch.zeros(len(params), dtype=torch.int64, device=params[0].device)
     record: list[tuple[Tensor, Tensor]] = []
     first = 0
@@ -199,6 +208,7 @@ def sparse_core(
         before = _edit(param, value.to(real), index, scale, unchanged[i])
         record.append((index + first, before))
         first += param.numel()
+    bump_versions(params)
     return unchanged, *_record(params, record, indices.numel(), undo)
 
 
@@ -256,9 +266,10 @@ def _edit(param: Tensor, delta: Tensor, index: Tensor, scale: float, unchanged: 
         after = after.to(torch.float32)
     after = after.to(param.dtype)
     unchanged += (after == before).sum()
-    flat[index] = after
-    if not param.is_contiguous():
-        param.copy_(flat.view(param.shape))
+    with writing(param):
+        flat[index] = after
+        if not param.is_contiguous():
+            param.copy_(flat.view(param.shape))
     return before
 
 
@@ -307,9 +318,11 @@ def prepare(
     density: Any,
     scope: str,
     importance: Tensors | None,
+    *,
+    selecting: bool = False,
 ) -> Call:
-    """Check everything that can be checked without reading data; ``params`` is None when selecting."""
-    lists = {} if params is None else {"params": tensor_list("params", params)}
+    """Check everything that can be checked without reading data; ``selecting``: there are no params."""
+    lists = {} if selecting else {"params": tensor_list("params", params)}
     lists["base"] = tensor_list("base", base)
     lists["tuned"] = tensor_list("tuned", tuned)
     if importance is not None:
@@ -339,7 +352,7 @@ def prepare(
                 check.fail(f"{name}[{i}]", f"be on the device of {leader}[0], {tensors[0].device}", tensor.device)
     per_tensor = check.choice("scope", scope, ("global", "per_tensor")) == "per_tensor"
     counts = [t.numel() for t in tensors] if per_tensor else [sum(t.numel() for t in tensors)]
-    if params is not None and not torch.compiler.is_compiling():
+    if not selecting:
         check_storage(tensors, dict(others))
     return Call(
         [t.detach() for t in lists.get("params", [])],
@@ -349,18 +362,6 @@ def prepare(
         [entry_count(m, density, n, f"tensor {i}" if per_tensor else "all tensors") for i, n in enumerate(counts)],
         per_tensor,
     )
-
-
-def tensor_list(argument: str, value: Any) -> list[Tensor]:
-    """A tensor, or an iterable of at least one, as a list of floating tensors."""
-    if isinstance(value, Tensor):
-        return [check.floating(argument, value)]
-    if not isinstance(value, Iterable):
-        check.fail(argument, "be a tensor or a sequence of tensors", check.describe(value), error=TypeError)
-    tensors = [check.floating(f"{argument}[{i}]", tensor) for i, tensor in enumerate(value)]
-    if not tensors:
-        check.fail(argument, "have at least one tensor", "none")
-    return tensors
 
 
 def entry_count(m: Any, density: Any, n: int, of: str) -> int:
@@ -384,8 +385,9 @@ def entry_count(m: Any, density: Any, n: int, of: str) -> int:
 
 
 def check_scale(scale: Any) -> float:
-    """``scale`` if it is a number that fp32 can hold."""
-    return check.number("scale", scale, -_FLOAT32_MAX, _FLOAT32_MAX, "be a finite fp32 number")
+    """``scale`` as a float, if it is a number that fp32 can hold."""
+    checked = check.number("scale", scale, -_FLOAT32_MAX, _FLOAT32_MAX, "be a finite fp32 number")
+    return float(checked) if isinstance(checked, int) else checked
 
 
 def check_counts(params: Sequence[Tensor], indices: Tensor, counts: Tensor) -> list[int]:
@@ -397,6 +399,16 @@ def check_counts(params: Sequence[Tensor], indices: Tensor, counts: Tensor) -> l
     if sum(values) != indices.numel():
         check.fail("delta.counts", f"sum up to the number of indices, {indices.numel()}", sum(values))
     return values
+
+
+def check_values(values: Tensor, counts: Sequence[int]) -> None:
+    """Raise for the first tensor of a sparse delta with values that are not finite."""
+    if bool(values.isfinite().all()):
+        return
+    for i, part in enumerate(values.split(counts)):
+        if bad := int((~part.isfinite()).sum()):
+            check.fail(f"delta.values of tensor {i}", "be finite", f"{bad} entries that are NaN or Inf",
+                       "The delta is damaged.")  # fmt: skip
 
 
 def refuse_index(i: int, index: int, n: int) -> None:
@@ -426,12 +438,19 @@ def prepare_sparse(params: Tensors, delta: Any) -> list[Tensor]:
     tensors = tensor_list("params", params)
     if not isinstance(delta, SparseDelta):
         check.fail("delta", "be a SparseDelta", check.describe(delta), "Get one from topm_select.", TypeError)
+    for name, kind in (("shapes", tuple), ("dtypes", torch.dtype)):
+        entries = getattr(delta, name)
+        if not isinstance(entries, (tuple, list)) or not all(isinstance(entry, kind) for entry in entries):
+            rule = f"be a tuple of {'tuples of ints' if kind is tuple else 'torch.dtypes'}"
+            check.fail(f"delta.{name}", rule, check.describe(entries), error=TypeError)
     check_same_params(tensors, delta.shapes, None)
     n = len(tensors)
+    real = (torch.float32, torch.float64)
     for name, dtypes in (
         ("indices", (torch.int64,)),
         ("counts", (torch.int64,)),
-        ("values", (torch.float32, torch.float64)),
+        ("values", real),
+        ("threshold", real),
     ):
         tensor = check.tensor(f"delta.{name}", getattr(delta, name))
         if tensor.dtype not in dtypes:
@@ -447,6 +466,8 @@ def prepare_sparse(params: Tensors, delta: Any) -> list[Tensor]:
         check.fail("delta.values", f"have one entry per index ({delta.indices.numel()})", delta.values.numel())
     if delta.counts.numel() != n:
         check.fail("delta.counts", f"have one entry per param ({n})", delta.counts.numel())
+    if delta.threshold.numel() != n:
+        check.fail("delta.threshold", f"have one entry per param ({n})", delta.threshold.numel())
     if len(delta.dtypes) != n:
         check.fail("delta.dtypes", f"have one entry per param ({n})", len(delta.dtypes))
     for i, dtype in enumerate(delta.dtypes):
@@ -454,20 +475,30 @@ def prepare_sparse(params: Tensors, delta: Any) -> list[Tensor]:
             check.fail(
                 f"delta.dtypes[{i}]", f"be torch.float32 or the values' {delta.values.dtype}", dtype, error=TypeError
             )
-    if not torch.compiler.is_compiling():
-        check_storage(tensors, {})
+    fields = ("indices", "values", "counts", "threshold")
+    check_storage(tensors, {f"delta.{name}": [getattr(delta, name)] for name in fields})
     return [t.detach() for t in tensors]
 
 
 def check_storage(params: Sequence[Tensor], others: dict[str, Sequence[Tensor]]) -> None:
     """Raise where writing one param would write another, or change what is still to be read.
 
-    A param may be its own base or tuned exactly. Views of one storage that have no element in common are fine.
+    A param may be its own base or tuned exactly. Views of one storage that have no element in common are fine. Under
+    torch.compile, where tensors have no address, only one tensor given twice is noticed.
     """
+    if torch.compiler.is_compiling():
+        owners: dict[Tensor, int] = {}
+        for name, tensors in (("params", params), *others.items()):
+            for i, tensor in enumerate(tensors):
+                if tensor in owners and (name not in ("base", "tuned") or owners[tensor] != i):
+                    _refuse_shared(owners[tensor], name, i)
+                if name == "params":
+                    owners[tensor] = i
+        return
     spans = []
     for name, tensors in (("params", params), *others.items()):
         for i, tensor in enumerate(tensors):
-            if tensor.numel() and tensor.device.type != "meta":
+            if tensor.numel() and not check.abstract(tensor):
                 spans.append((tensor.data_ptr(), tensor.data_ptr() + _extent(tensor), name, i, tensor))
                 if name == "params" and _overlaps_itself(tensor):
                     check.fail(
@@ -481,21 +512,28 @@ def check_storage(params: Sequence[Tensor], others: dict[str, Sequence[Tensor]])
             (_, _, name, i, first), (_, _, other_name, j, second) = sorted(
                 (span, other), key=lambda s: (s[2] != "params", s[3])
             )
-            if name != "params":
-                continue
-            same = (first.data_ptr(), first.dtype, first.stride()) == (second.data_ptr(), second.dtype, second.stride())
-            if i == j and same and other_name in ("base", "tuned"):
+            if name != "params" or (i == j and other_name in ("base", "tuned") and _same_view(first, second)):
                 continue
             if _have_common_bytes(first, second):
-                remedy = "Pass tied weights once." if other_name == "params" else "Pass a copy, or the very same view."
-                check.fail(f"params[{i}]", f"not share memory with {other_name}[{j}]", "overlapping tensors", remedy)
+                _refuse_shared(i, other_name, j)
         active.append(span)
 
 
-def _byte_view(tensor: Tensor, start: int, marks: Tensor) -> Tensor:
-    size = tensor.element_size()
-    strides = [step * size for step in tensor.stride()]
-    return marks.as_strided([*tensor.shape, size], [*strides, 1], tensor.data_ptr() - start)
+def _refuse_shared(i: int, other_name: str, j: int) -> None:
+    remedy = {"params": "Pass tied weights once.", "base": "Pass a copy, or the very same view."}
+    other = other_name if other_name.startswith("delta.") else f"{other_name}[{j}]"
+    check.fail(
+        f"params[{i}]",
+        f"not share memory with {other}",
+        "overlapping tensors",
+        remedy.get("base" if other_name == "tuned" else other_name, "Pass a copy."),
+    )
+
+
+def _same_view(a: Tensor, b: Tensor) -> bool:
+    """Whether both read the same elements in the same order; the stride of a dimension of size 1 means nothing."""
+    strides = [[step for size, step in zip(t.shape, t.stride(), strict=True) if size > 1] for t in (a, b)]
+    return a.data_ptr() == b.data_ptr() and a.dtype == b.dtype and strides[0] == strides[1]
 
 
 def _extent(tensor: Tensor) -> int:
@@ -503,23 +541,72 @@ def _extent(tensor: Tensor) -> int:
     return (1 + sum((size - 1) * step for size, step in steps)) * tensor.element_size()
 
 
+def _steps(tensor: Tensor) -> list[tuple[int, int]]:
+    """(stride in bytes, size) of every dimension that is not trivial, largest first, and of the bytes of an element."""
+    width = tensor.element_size()
+    steps = [(step * width, size) for size, step in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+    return [*sorted(steps, reverse=True), (1, width)]
+
+
 def _overlaps_itself(tensor: Tensor) -> bool:
-    if tensor.is_contiguous():
-        return False
-    if any(size > 1 and step == 0 for size, step in zip(tensor.shape, tensor.stride(), strict=True)):
-        return True
-    marks = torch.zeros(_extent(tensor), dtype=torch.bool)
-    _byte_view(tensor, tensor.data_ptr(), marks).fill_(True)
-    return int(marks.sum()) < tensor.numel() * tensor.element_size()
+    extent = 1
+    for step, size in reversed(_steps(tensor)):
+        if step == 0:
+            return True
+        if step < extent:
+            marks = _marks(_extent(tensor))
+            _mark(tensor, tensor.data_ptr(), marks).fill_(True)
+            return int(marks.sum()) < tensor.numel() * tensor.element_size()
+        extent += (size - 1) * step
+    return False  # every step leaps over all that the smaller ones reach
 
 
 def _have_common_bytes(a: Tensor, b: Tensor) -> bool:
-    if a.is_contiguous() and b.is_contiguous():
-        return True  # their spans are known to overlap
+    """Whether some byte of ``a`` is one of ``b``: base_a + sum of steps of a == base_b + sum of steps of b."""
+    ranges: dict[int, tuple[int, int]] = {}
+    for tensor, sign in ((a, 1), (b, -1)):
+        for step, size in _steps(tensor):
+            if step == 0:  # an expanded base: no further byte
+                continue
+            low, high = ranges.get(step, (0, 0))
+            ranges[step] = (low, high + size - 1) if sign > 0 else (low - size + 1, high)
+    budget = [_MOST_TRIES]
+    found = _reaches(b.data_ptr() - a.data_ptr(), sorted(ranges.items(), reverse=True), budget)
+    if budget[0] > 0:
+        return found
     start = min(a.data_ptr(), b.data_ptr())
-    marks = torch.zeros(max(t.data_ptr() - start + _extent(t) for t in (a, b)), dtype=torch.bool)
-    _byte_view(a, start, marks).fill_(True)
-    return bool(_byte_view(b, start, marks).any())
+    marks = _marks(max(t.data_ptr() - start + _extent(t) for t in (a, b)))
+    _mark(a, start, marks).fill_(True)
+    return bool(_mark(b, start, marks).any())
+
+
+def _reaches(distance: int, ranges: Sequence[tuple[int, tuple[int, int]]], budget: list[int]) -> bool:
+    """Whether sum n_i * step_i == distance for some n_i, each in its range, or the budget of tries is spent.
+
+    The largest step comes first, and of it only the numbers from where the smaller steps still reach: one or two where
+    steps nest as in views of one matrix.
+    """
+    if not ranges:
+        return distance == 0
+    (step, (low, high)), rest = ranges[0], ranges[1:]
+    least, most = (sum(other * bounds[side] for other, bounds in rest) for side in (0, 1))
+    for n in range(max(low, -((most - distance) // step)), min(high, (distance - least) // step) + 1):
+        budget[0] -= 1
+        if budget[0] <= 0 or _reaches(distance - n * step, rest, budget):
+            return True
+    return False
+
+
+def _marks(size: int) -> Tensor:
+    """One mark per byte: the last resort, for steps that interlock."""
+    return torch.zeros(size, dtype=torch.bool, device="cpu")
+
+
+def _mark(tensor: Tensor, start: int, marks: Tensor) -> Tensor:
+    """The marks of the bytes of ``tensor``, where the first mark is of address ``start``."""
+    size = tensor.element_size()
+    strides = [step * size for step in tensor.stride()]
+    return marks.as_strided([*tensor.shape, size], [*strides, 1], tensor.data_ptr() - start)
 
 
 def _shapes(tensors: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
@@ -546,6 +633,7 @@ def select_result(call: Call, outputs: Sequence[Tensor]) -> SparseDelta:
 def sparse_result(
     params: Sequence[Tensor], delta: SparseDelta, undo: bool, unchanged: Tensor, indices: Tensor, bits: Tensor
 ) -> TopmEdit:
-    """Outputs of the core as a `TopmEdit`: threshold and counts are the delta's own."""
+    """Outputs of the core as a `TopmEdit`: threshold and counts are those of the delta, copied."""
     record = UndoRecord(indices, bits, _shapes(params), tuple(t.dtype for t in params)) if undo else None
-    return TopmEdit(delta.threshold, delta.counts, unchanged, torch.zeros_like(unchanged), record)
+    threshold, kept = delta.threshold.detach().clone(), delta.counts.clone()
+    return TopmEdit(threshold, kept, unchanged, torch.zeros_like(unchanged), record)

@@ -1,4 +1,7 @@
-"""How tensors cross the border to prosocial_ext._C: addresses, dtype tags, a thread count."""
+"""How tensors cross the border to prosocial_ext._C: addresses, dtype tags, a thread count.
+
+Host tables say device="cpu": a caller may have set another default device.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,14 @@ threads = torch.get_num_threads  # asked at every call: DataLoader workers and f
 
 def addresses(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return the tensors' data pointers as an int64 tensor [n] that outlives the call."""
-    return torch.tensor([t.data_ptr() for t in tensors], dtype=torch.int64)
+    return torch.tensor([t.data_ptr() for t in tensors], dtype=torch.int64, device="cpu")
 
 
 def dtype_tags(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return the tensors' dtype tags as an int32 tensor [n]."""
-    return torch.tensor([DTYPE_TAG[t.dtype] for t in tensors], dtype=torch.int32)
+    return torch.tensor([DTYPE_TAG[t.dtype] for t in tensors], dtype=torch.int32, device="cpu")
 
 
 def element_counts(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return the tensors' element counts as an int64 tensor [n]."""
-    return torch.tensor([t.numel() for t in tensors], dtype=torch.int64)
+    return torch.tensor([t.numel() for t in tensors], dtype=torch.int64, device="cpu")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from prosocial_ext import _C
 from prosocial_ext.ops.topm import Prepared, bump_versions, copy_back
-from prosocial_ext.reference import TopmEdit
+from prosocial_ext.reference import TopmEdit, check
 
 __all__ = ["BINS", "Selection", "add_histogram_", "apply_", "settle"]
 
@@ -51,10 +51,19 @@ def add_histogram_(
     selection: Selection,
     importance: Sequence[Tensor] = (),
 ) -> int:
-    """Add one chunk's counts to ``histogram`` (int64 [65536]).
+    """Add one chunk's counts to ``histogram`` (int64 [65536], contiguous, on the CPU).
 
     ``params`` give only their dtype. Returns, in the first round, how many entries may not be selected.
+
+    Raises:
+        TypeError, ValueError: ``histogram`` is not of this form.
     """
+    check.tensor("histogram", histogram)
+    if histogram.dtype != torch.int64:
+        check.fail("histogram", "be torch.int64", histogram.dtype, error=TypeError)
+    on_host = histogram.device.type == "cpu" and not check.abstract(histogram)
+    if not on_host or tuple(histogram.shape) != (BINS,) or not histogram.is_contiguous():
+        check.fail("histogram", f"have shape [{BINS}] and be contiguous, on the CPU", check.describe(histogram))
     prepared = Prepared(params, base, tuned, importance, wide=selection.wide)
     _C.topm_histogram(prepared.call, selection.prefix, selection.rounds, histogram.data_ptr())
     return int(prepared.nonfinite.sum())

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 
 from prosocial_ext import _C
-from prosocial_ext.ops import _backend, _native
-from prosocial_ext.ops._library import LIBRARY, register
+from prosocial_ext.ops import _cuda, _cuda_projection, _gram_stats, _native
+from prosocial_ext.ops._library import passes_autograd, register
 from prosocial_ext.reference import check
 from prosocial_ext.reference import projection as reference
 from prosocial_ext.reference.projection import Form, Gradients
@@ -47,8 +47,6 @@ def gradient_gram(grads: Gradients) -> torch.Tensor:
             [ 0., 25.,  4.],
             [-3.,  4.,  1.]], dtype=torch.float64)
     """
-    if _backend.use_reference:
-        return reference.gradient_gram(grads)
     form = reference.check_grads(grads)
     if form.dense is not None:
         return _gram(form.dense.detach())
@@ -94,14 +92,11 @@ def project_conflicts(
     >>> project_conflicts(torch.tensor([[1.0, 0.0], [-1.0, 1.0]]))  # [0.5, 0.5] + [0, 1]
     tensor([0.5000, 1.5000])
     """
-    if _backend.use_reference:
-        return reference.project_conflicts(
-            grads, weights=weights, reduction=reduction, order=order, seed=seed, return_stats=return_stats
-        )
     form = reference.check_grads(grads)
     weights = reference.check_weights(weights, form)
-    mode, given = reference.check_order(order, form.k)
+    mode, given = reference.check_order(order, form)
     check.choice("reduction", reduction, ("sum", "mean"))
+    check.boolean("return_stats", return_stats)
     check.integer("seed", seed, 0, 2**63 - 1, "be an integer in [0, 2**63)")
     knobs = (weights, given, mode, seed, reduction, return_stats)
     out: torch.Tensor | list[torch.Tensor]
@@ -136,7 +131,7 @@ class _Lists(NamedTuple):
         blocks = [0]
         for t in first:
             blocks.append(blocks[-1] + -(-t.numel() // _BLOCK))
-        first_block = torch.tensor(blocks, dtype=torch.int64)
+        first_block = torch.tensor(blocks, dtype=torch.int64, device="cpu")
         return _Lists(tensors, _native.addresses(tensors), _native.element_counts(first), first_block,
                       _native.dtype_tags(first), k)  # fmt: skip
 
@@ -150,10 +145,11 @@ class _Buffers:
 
     def __init__(self, groups: int, k: int, blocks: int) -> None:
         self.threads = _native.threads()
-        self.gram = torch.empty(groups, k, k, dtype=torch.float64)
-        self.projected = torch.empty(groups, k, k, dtype=torch.float64)
-        self.combined = torch.empty(groups, k, dtype=torch.float64)
-        self.scratch = torch.empty(_C.projection_scratch_bytes(groups, k, blocks, self.threads), dtype=torch.uint8)
+        self.gram = torch.empty(groups, k, k, dtype=torch.float64, device="cpu")
+        self.projected = torch.empty(groups, k, k, dtype=torch.float64, device="cpu")
+        self.combined = torch.empty(groups, k, dtype=torch.float64, device="cpu")
+        scratch_bytes = _C.projection_scratch_bytes(groups, k, blocks, self.threads)
+        self.scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device="cpu")
 
 
 def _dense_arguments(grads: torch.Tensor) -> tuple[int, int, int, int, int]:
@@ -203,17 +199,8 @@ def _values(
 
 
 def _stats(form: Form, buffers: _Buffers, weights: torch.Tensor | None) -> list[torch.Tensor]:
-    gram, projected = buffers.gram, buffers.projected
-    norms = gram.diagonal(dim1=-2, dim2=-1)
-    # Only an objective that takes no part can be non-finite here; 0 * NaN must not carry it into the others' dots.
-    bad = ~norms.isfinite()
-    bad_pair = bad[:, :, None] | bad[:, None, :]
-    dots = projected @ torch.where(bad_pair, 0, gram)
-    norms_after = torch.where(bad, norms, (projected * dots).sum(-1))
-    dots = torch.where(bad_pair, torch.nan, dots)
-    active = None if weights is None else weights != 0
-    finite = torch.ones(form.groups, dtype=torch.bool)
-    return list(vars(reference.make_stats(form, gram, dots, norms_after, active, finite)).values())
+    finite = torch.ones(form.groups, dtype=torch.bool, device="cpu")
+    return _gram_stats.stats(form, buffers.gram, buffers.projected, weights, finite)
 
 
 def _project_cpu(
@@ -252,7 +239,7 @@ def _project_lists_cpu(
     lists = _Lists.of(grads, k)
     weights, order = _values(k, weights, order)
     buffers = _Buffers(1, k, int(lists.first_block[-1]))
-    out = [torch.empty(t.shape, dtype=t.dtype) for t in lists.tensors[: len(grads) // k]]
+    out = [torch.empty(t.shape, dtype=t.dtype, device="cpu") for t in lists.tensors[: len(grads) // k]]
     to = _native.addresses(out)
     knobs = _knob_arguments(buffers, weights, order, mode, seed, reduction)
     ends = to.data_ptr(), buffers.scratch.data_ptr(), buffers.threads
@@ -360,17 +347,19 @@ def _project_lists_fake(
 
 
 _gram = register("gradient_gram(Tensor grads) -> Tensor", cpu=_gram_cpu, elsewhere=reference.gradient_gram,
-                 fake=_gram_fake)  # fmt: skip
+                 fake=_gram_fake, cuda=_cuda_projection.gram if _cuda.compiled() else None)  # fmt: skip
 _gram_lists = register("gradient_gram_lists(Tensor[] grads, int k) -> Tensor", cpu=_gram_lists_cpu,
-                       elsewhere=_gram_lists_elsewhere, fake=_gram_lists_fake)  # fmt: skip
+                       elsewhere=_gram_lists_elsewhere, fake=_gram_lists_fake,
+                       cuda=_cuda_projection.gram_lists if _cuda.compiled() else None)  # fmt: skip
 _KNOBS = "Tensor? weights, Tensor? order, str mode, SymInt seed, str reduction, bool stats"
 _project = register(f"project_conflicts(Tensor grads, {_KNOBS}) -> (Tensor, Tensor[])", cpu=_project_cpu,
-                    elsewhere=_project_elsewhere, fake=_project_fake)  # fmt: skip
+                    elsewhere=_project_elsewhere, fake=_project_fake,
+                    cuda=_cuda_projection.project if _cuda.compiled() else None)  # fmt: skip
 _project_lists = register(
     f"project_conflicts_lists(Tensor[] grads, int k, bool nested, {_KNOBS}) -> (Tensor[], Tensor[])",
     cpu=_project_lists_cpu,
     elsewhere=_project_lists_elsewhere,
     fake=_project_lists_fake,
+    cuda=_cuda_projection.project_lists if _cuda.compiled() else None,
 )
-for _name in ("gradient_gram", "gradient_gram_lists", "project_conflicts", "project_conflicts_lists"):
-    LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # detached by definition: autograd passes by
+passes_autograd("gradient_gram", "gradient_gram_lists", "project_conflicts", "project_conflicts_lists")

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import threading
+from math import isfinite
 from typing import Any
 
 import torch
 
 from prosocial_ext import _C, reference
-from prosocial_ext.ops import _backend, _native
-from prosocial_ext.ops._library import LIBRARY, register
+from prosocial_ext.ops import _backend, _cuda, _cuda_sampling, _native
+from prosocial_ext.ops._library import LIBRARY, passes_autograd, register
+from prosocial_ext.ops._logits import unit_columns, view
+from prosocial_ext.reference import check
 from prosocial_ext.reference import sampling as definition
 from prosocial_ext.reference import sampling_arguments as arguments
 
 __all__ = ["guided_logprobs", "guided_sample"]
 
-_View = tuple[int, int, int, int]
-_NO_GUIDE: _View = (0, 0, 0, 0)
 _kept = threading.local()
 
 
@@ -25,23 +26,8 @@ def _scratch(vocab: int, threads: int) -> torch.Tensor:
     size = _C.sampling_scratch_bytes(vocab, threads)
     buffer: torch.Tensor | None = getattr(_kept, "scratch", None)
     if buffer is None or buffer.numel() < size:
-        buffer = _kept.scratch = torch.empty(size, dtype=torch.uint8)
+        buffer = _kept.scratch = torch.empty(size, dtype=torch.uint8, device="cpu")
     return buffer
-
-
-def _unit_columns(logits: torch.Tensor) -> torch.Tensor:
-    """Any row and guide stride is read as it is; columns must be neighbours."""
-    return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
-
-
-def _view(logits: torch.Tensor | None) -> tuple[_View, int]:
-    """(address, dtype tag, guide stride, row stride) of logits with unit columns, and the number of guides."""
-    if logits is None:
-        return _NO_GUIDE, 0
-    stacked = logits.dim() == 3
-    stride = logits.stride()
-    view = logits.data_ptr(), _native.DTYPE_TAG[logits.dtype], stride[0] if stacked else 0, stride[-2]
-    return view, logits.shape[0] if stacked else 1
 
 
 # ---- one set of parameters for all rows: the fast path
@@ -60,11 +46,11 @@ def _sample_cpu(
     min_p: float = 0.0,
 ) -> torch.Tensor:
     rows, threads = base.shape[0], _native.threads()
-    tokens = torch.empty(rows, dtype=torch.int64)
-    base = _unit_columns(base)
-    guide = None if guide is None else _unit_columns(guide)
-    base_view, _ = _view(base)
-    guide_view, guides = _view(guide)
+    tokens = torch.empty(rows, dtype=torch.int64, device="cpu")
+    base = unit_columns(base)
+    guide = None if guide is None else unit_columns(guide)
+    base_view, _ = view(base)
+    guide_view, guides = view(guide)
     knobs = guidance, temperature, top_k, top_p, min_p, seed, offset
     scratch = _scratch(vocab, threads).data_ptr()
     bad = _C.guided_sample(base_view, guide_view, guides, rows, vocab, *knobs, tokens.data_ptr(), scratch, threads)
@@ -108,6 +94,7 @@ _sample = register(
     "guided_sample(Tensor base, Tensor? guide, SymInt vocab, SymInt seed, SymInt offset, float guidance=1.0, "
     "float temperature=1.0, SymInt top_k=0, float top_p=1.0, float min_p=0.0) -> Tensor",
     cpu=_sample_cpu,
+    cuda=_cuda_sampling.sample if _cuda.compiled() else None,
     elsewhere=_sample_elsewhere,
     fake=_sample_fake,
 )
@@ -126,12 +113,12 @@ def _sample_rows_cpu(
     logprobs: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows, threads = base.shape[0], _native.threads()
-    tokens = torch.empty(rows, dtype=torch.int64)
-    drawn = torch.empty(rows if logprobs else 0, dtype=torch.float32)
-    base = _unit_columns(base)
-    guide = None if guide is None else _unit_columns(guide)
-    base_view, _ = _view(base)
-    guide_view, guides = _view(guide)
+    tokens = torch.empty(rows, dtype=torch.int64, device="cpu")
+    drawn = torch.empty(rows if logprobs else 0, dtype=torch.float32, device="cpu")
+    base = unit_columns(base)
+    guide = None if guide is None else unit_columns(guide)
+    base_view, _ = view(base)
+    guide_view, guides = view(guide)
     rounded, counted = knobs.to(torch.float32).contiguous(), counters.contiguous()
     bad = _C.guided_sample_rows(
         *(base_view, guide_view, guides, rows, vocab, rounded.data_ptr(), counted.data_ptr(), row_in_counter),
@@ -188,6 +175,7 @@ _sample_rows = register(
     "guided_sample_rows(Tensor base, Tensor? guide, Tensor knobs, Tensor counters, SymInt vocab, bool row_in_counter, "
     "bool logprobs) -> (Tensor, Tensor)",
     cpu=_sample_rows_cpu,
+    cuda=_cuda_sampling.sample_rows if _cuda.compiled() else None,
     elsewhere=_sample_rows_elsewhere,
     fake=_sample_rows_fake,
 )
@@ -208,27 +196,14 @@ def guided_sample(
     return_logprobs: bool = False,
 ) -> Any:
     """Draw one token per row from the guided distribution (see the reference for the full text)."""
-    if _backend.use_reference:
-        return reference.guided_sample(
-            base_logits,
-            guide_logits,
-            guidance=guidance,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            vocab_size=vocab_size,
-            seed=seed,
-            offset=offset,
-            return_logprobs=return_logprobs,
-        )
     if (
         type(guidance) is type(temperature) is type(top_p) is type(min_p) is float
         and type(top_k) is type(seed) is type(offset) is int
         and 0 <= top_k < 2**63
         and 0 <= seed < 2**63
         and 0 <= offset < 2**63
-        and not return_logprobs
+        and isfinite(guidance)  # where no row reads it the kernel would not notice
+        and return_logprobs is False
         and not torch.compiler.is_compiling()  # a float argument would make one graph per value
         and (vocab := _plain_vocab(base_logits, guide_logits, vocab_size))
     ):
@@ -237,6 +212,7 @@ def guided_sample(
             base_logits, guide_logits, vocab, seed, offset, guidance, temperature, top_k, top_p, min_p
         )  # fmt: skip
     logits = arguments.logits(base_logits, guide_logits, vocab_size)
+    check.boolean("return_logprobs", return_logprobs)
     rows, device = base_logits.shape[0], base_logits.device
     stacked = guide_logits is not None and guide_logits.dim() == 3
     strength = arguments.guidance(guidance, rows, logits.num_guides, stacked, device)
@@ -249,7 +225,7 @@ def guided_sample(
     ]
     knobs = torch.cat([heat[:, None], nucleus[:, None], floor[:, None], strength], dim=1)
     counters = torch.stack(whole, dim=1)
-    row_in_counter = not isinstance(seed, torch.Tensor)
+    row_in_counter = not arguments.per_row(seed)
     tokens, logprobs = _sample_rows(
         base_logits, guide_logits, knobs, counters, logits.vocab_size, row_in_counter, return_logprobs
     )
@@ -257,6 +233,7 @@ def guided_sample(
 
 
 guided_sample.__doc__ = reference.guided_sample.__doc__
+passes_autograd("guided_sample", "guided_sample_rows")
 
 
 def _plain_vocab(base: Any, guide: Any, vocab_size: int | None) -> int:
@@ -267,13 +244,17 @@ def _plain_vocab(base: Any, guide: Any, vocab_size: int | None) -> int:
         and base.dim() == 2
         and base.dtype in _native.DTYPE_TAG
         and base.layout is torch.strided
+        and not base.is_nested
+        and not base.is_neg()
         and (
             guide is None
             or (
                 type(guide) is torch.Tensor
-                and guide.shape == base.shape
                 and guide.dtype in _native.DTYPE_TAG
                 and guide.layout is torch.strided
+                and not guide.is_nested  # it has no shape
+                and guide.shape == base.shape
+                and not guide.is_neg()
                 and guide.device == base.device
             )
         )
@@ -291,11 +272,11 @@ def _logprobs_cpu(base: torch.Tensor, guide: torch.Tensor | None, knobs: torch.T
         return _logprobs_elsewhere(base, guide, knobs, vocab)  # fp64 is a float softmax: no integers, no kernel
     rows, columns = base.shape
     threads = _native.threads()
-    out = torch.empty(rows, columns, dtype=torch.float32)
-    base = _unit_columns(base)
-    guide = None if guide is None else _unit_columns(guide)
-    base_view, _ = _view(base)
-    guide_view, guides = _view(guide)
+    out = torch.empty(rows, columns, dtype=torch.float32, device="cpu")
+    base = unit_columns(base)
+    guide = None if guide is None else unit_columns(guide)
+    base_view, _ = view(base)
+    guide_view, guides = view(guide)
     rounded = knobs.to(torch.float32).contiguous()
     bad = _C.guided_logprobs(
         *(base_view, guide_view, guides, rows, vocab, columns, rounded.data_ptr(), out.data_ptr()),
@@ -322,6 +303,7 @@ def _logprobs_fake(base: torch.Tensor, guide: torch.Tensor | None, knobs: torch.
 _logprobs = register(
     "guided_logprobs(Tensor base, Tensor? guide, Tensor knobs, SymInt vocab) -> Tensor",
     cpu=_logprobs_cpu,
+    cuda=_cuda_sampling.logprobs if _cuda.compiled() else None,
     elsewhere=_logprobs_elsewhere,
     fake=_logprobs_fake,
 )
@@ -353,6 +335,17 @@ torch.library.register_autograd(
 )
 
 
+class _FunctionalLogProbs(torch.autograd.Function):
+    """The op for torch.func.grad and its kin, which cannot look into the registered gradient."""
+
+    @staticmethod
+    def forward(base: torch.Tensor, guide: torch.Tensor | None, knobs: torch.Tensor, vocab: int) -> torch.Tensor:
+        return _logprobs(base, guide, knobs, vocab)
+
+    setup_context = staticmethod(_logprobs_context)
+    backward = staticmethod(_logprobs_gradient)
+
+
 def guided_logprobs(
     base_logits: torch.Tensor,
     guide_logits: torch.Tensor | None = None,
@@ -362,7 +355,8 @@ def guided_logprobs(
     vocab_size: int | None = None,
 ) -> torch.Tensor:
     """Return the log-probs of the guided distribution (see the reference for the full text)."""
-    if _backend.use_reference:
+    abstract = torch.compiler.is_compiling() or check.abstract(base_logits) or check.abstract(guide_logits)
+    if _backend.use_reference and not abstract:  # with a gradient of its own
         return reference.guided_logprobs(
             base_logits, guide_logits, guidance=guidance, temperature=temperature, vocab_size=vocab_size
         )
@@ -371,7 +365,11 @@ def guided_logprobs(
     stacked = guide_logits is not None and guide_logits.dim() == 3
     strength = arguments.guidance(guidance, rows, logits.num_guides, stacked, device)
     heat = arguments.knob("temperature", temperature, rows, device, torch.float32)
-    return _logprobs(base_logits, guide_logits, torch.cat([heat[:, None], strength], dim=1), logits.vocab_size)
+    arguments.refuse_forward_mode(base_logits, guide_logits)
+    knobs = torch.cat([heat[:, None], strength], dim=1)
+    functional = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    call = _FunctionalLogProbs.apply if functional else _logprobs
+    return call(base_logits, guide_logits, knobs, logits.vocab_size)
 
 
 guided_logprobs.__doc__ = reference.guided_logprobs.__doc__

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from prosocial_ext import _C
 from prosocial_ext import reference as _reference
-from prosocial_ext.ops import _backend, _native
-from prosocial_ext.ops._library import register
-from prosocial_ext.reference import SparseDelta, TopmEdit
+from prosocial_ext.ops import _cuda, _cuda_topm, _native
+from prosocial_ext.ops._library import passes_autograd, register
+from prosocial_ext.reference import SparseDelta, TopmEdit, check
 from prosocial_ext.reference import topm as _definition
+from prosocial_ext.reference.flags import MISSED
+from prosocial_ext.reference.results import bump_versions, writing
 from prosocial_ext.reference.topm import Tensors
 
 __all__ = ["sparse_subtract_", "topm_select", "topm_subtract_"]
@@ -35,19 +37,6 @@ def topm_subtract_(
     check_finite: bool = True,
 ) -> TopmEdit:
     """Subtract ``scale`` times the m largest entries of tuned - base from params (full text: the reference)."""
-    if _backend.use_reference:
-        return _reference.topm_subtract_(
-            params,
-            base,
-            tuned,
-            m=m,
-            density=density,
-            scale=scale,
-            scope=scope,
-            importance=importance,
-            undo=undo,
-            check_finite=check_finite,
-        )
     call = _definition.prepare(params, base, tuned, m, density, scope, importance)
     outputs = _SUBTRACT(
         call.params,
@@ -57,8 +46,8 @@ def topm_subtract_(
         call.m,
         call.per_tensor,
         _definition.check_scale(scale),
-        check_finite,
-        undo,
+        check.boolean("check_finite", check_finite),
+        check.boolean("undo", undo),
     )
     return _definition.edit_result(call, undo, outputs)
 
@@ -73,19 +62,16 @@ def topm_select(
     importance: Tensors | None = None,
 ) -> SparseDelta:
     """Return the m largest entries of tuned - base (full text: the reference)."""
-    if _backend.use_reference:
-        return _reference.topm_select(base, tuned, m=m, density=density, scope=scope, importance=importance)
-    call = _definition.prepare(None, base, tuned, m, density, scope, importance)
+    call = _definition.prepare(None, base, tuned, m, density, scope, importance, selecting=True)
     return _definition.select_result(call, _SELECT(call.base, call.tuned, call.importance, call.m, call.per_tensor))
 
 
 def sparse_subtract_(params: Tensors, delta: SparseDelta, *, scale: float = 1.0, undo: bool = False) -> TopmEdit:
     """Subtract ``scale`` times a ``SparseDelta`` from params (full text: the reference)."""
-    if _backend.use_reference:
-        return _reference.sparse_subtract_(params, delta, scale=scale, undo=undo)
     tensors = _definition.prepare_sparse(params, delta)
     wide = [dtype == torch.float64 for dtype in delta.dtypes]
-    outputs = _SPARSE(tensors, delta.indices, delta.values, delta.counts, wide, _definition.check_scale(scale), undo)
+    scale, undo = _definition.check_scale(scale), check.boolean("undo", undo)
+    outputs = _SPARSE(tensors, delta.indices, delta.values, delta.counts, wide, scale, undo)
     return _definition.sparse_result(tensors, delta, undo, *outputs)
 
 
@@ -137,12 +123,12 @@ class Prepared:
                 )
             )
             first += leader.numel()
-        self.table = torch.tensor(rows, dtype=torch.int64)
-        self.m = None if m is None else torch.tensor(m, dtype=torch.int64)
+        self.table = torch.tensor(rows, dtype=torch.int64, device="cpu")
+        self.m = None if m is None else torch.tensor(m, dtype=torch.int64, device="cpu")
         if wide is None:
             wide = any(t.dtype == torch.float64 for tensors in (leaders, base, tuned) for t in tensors)
-        self.threshold = torch.full((n,), torch.inf, dtype=torch.float64 if wide else torch.float32)
-        self.kept, self.unchanged, self.nonfinite = (torch.zeros(n, dtype=torch.int64) for _ in range(3))
+        self.threshold = torch.full((n,), torch.inf, dtype=torch.float64 if wide else torch.float32, device="cpu")
+        self.kept, self.unchanged, self.nonfinite = (torch.zeros(n, dtype=torch.int64, device="cpu") for _ in range(3))
         call = _C.TopmCall()
         call.tensors, call.num_tensors = self.table.data_ptr(), n
         call.m = 0 if self.m is None else self.m.data_ptr()
@@ -155,7 +141,7 @@ class Prepared:
 
     def run(self) -> int:
         """Run with scratch of this call's own; return the status."""
-        scratch = torch.empty(_C.topm_scratch_bytes(self.call), dtype=torch.uint8)
+        scratch = torch.empty(_C.topm_scratch_bytes(self.call), dtype=torch.uint8, device="cpu")
         self.call.scratch = scratch.data_ptr()
         status: int = _C.topm_run(self.call)
         return status
@@ -170,16 +156,12 @@ class Prepared:
         _definition.refuse_nonfinite(i, int(self.nonfinite[i]), finite)
 
 
-def bump_versions(tensors: Sequence[Tensor]) -> None:
-    """Tell autograd that the tensors were written; inference tensors have no version."""
-    torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
-
-
 def copy_back(params: Sequence[Tensor], worked_on: Sequence[Tensor]) -> None:
     """Write row-major working copies back to where they came from."""
     for param, worked in zip(params, worked_on, strict=True):
         if param.data_ptr() != worked.data_ptr():
-            param.copy_(worked)
+            with writing(param):
+                param.copy_(worked)
 
 
 def subtract_cpu(
@@ -195,14 +177,12 @@ def subtract_cpu(
     hooks: int = 0,
 ) -> tuple[Tensor, ...]:
     """Implement ``topm_subtract_`` on the CPU; ``hooks`` are pse::TopmHook (tests)."""
-    written = [p.data_ptr() for p in params]
+
+    def among(others: Sequence[Tensor]) -> bool:  # empty tensors all have address 0
+        return any(p.numel() and p.data_ptr() == t.data_ptr() for p, t in zip(params, others, strict=True))
+
     # Editing while looking needs nothing to be read again from what was written (csrc/cpu/topm.cpp, Alias).
-    one_pass = not (
-        check_finite
-        or undo
-        or any(w == t.data_ptr() for w, t in zip(written, tuned, strict=True))
-        or (scale < 0 and any(w == b.data_ptr() for w, b in zip(written, base, strict=True)))
-    )
+    one_pass = not (check_finite or undo or among(tuned) or (scale < 0 and among(base)))
     prepared = Prepared(
         params,
         base,
@@ -217,8 +197,8 @@ def subtract_cpu(
     )
     assert prepared.params is not None
     size = sum(m) if undo else 0
-    indices = torch.empty(size, dtype=torch.int64)
-    bits = torch.empty(size, dtype=_definition.bits_dtype([p.dtype for p in params]))
+    indices = torch.empty(size, dtype=torch.int64, device="cpu")
+    bits = torch.empty(size, dtype=_definition.bits_dtype([p.dtype for p in params]), device="cpu")
     if undo:
         prepared.call.indices, prepared.call.values = indices.data_ptr(), bits.data_ptr()
         prepared.call.value_bytes = bits.element_size()
@@ -228,10 +208,7 @@ def subtract_cpu(
     copy_back(params, prepared.params)
     bump_versions(params)
     if status == _SPOILT:
-        raise RuntimeError(
-            "topm_subtract_ missed its bracket (probability below 1e-30) and params are spoilt. Load them again and "
-            "pass undo=True or check_finite=True, which look before they edit."
-        )
+        raise RuntimeError(MISSED)
     if undo:
         kept = int(prepared.kept.sum())
         indices[kept:] = -1
@@ -249,8 +226,8 @@ def select_cpu(
 ) -> tuple[Tensor, ...]:
     """Implement ``topm_select`` on the CPU."""
     prepared = Prepared(None, base, tuned, importance, m, per_tensor=per_tensor, hooks=hooks)
-    indices = torch.empty(sum(m), dtype=torch.int64)
-    values = torch.empty(sum(m), dtype=prepared.threshold.dtype)
+    indices = torch.empty(sum(m), dtype=torch.int64, device="cpu")
+    values = torch.empty(sum(m), dtype=prepared.threshold.dtype, device="cpu")
     prepared.call.indices, prepared.call.values = indices.data_ptr(), values.data_ptr()
     prepared.call.value_bytes = values.element_size()
     if prepared.run() == _NOT_FINITE:
@@ -271,11 +248,12 @@ def sparse_cpu(
     indices, values, counts = indices.contiguous(), values.contiguous(), counts.contiguous()
     worked_on = [p.contiguous() for p in params]
     table = sparse_table(worked_on, counts, indices, wide)
-    unchanged = torch.zeros(len(params), dtype=torch.int64)
+    _definition.check_values(values, counts.tolist())
+    unchanged = torch.zeros(len(params), dtype=torch.int64, device="cpu")
     size = indices.numel() if undo else 0
-    undo_indices = torch.empty(size, dtype=torch.int64)
-    bits = torch.empty(size, dtype=_definition.bits_dtype([p.dtype for p in params]))
-    delta_wide = torch.tensor(list(wide), dtype=torch.int64)
+    undo_indices = torch.empty(size, dtype=torch.int64, device="cpu")
+    bits = torch.empty(size, dtype=_definition.bits_dtype([p.dtype for p in params]), device="cpu")
+    delta_wide = torch.tensor(list(wide), dtype=torch.int64, device="cpu")
     _C.topm_sparse(
         table.data_ptr(),
         len(params),
@@ -311,7 +289,7 @@ def sparse_table(params: Sequence[Tensor], counts: Tensor, indices: Tensor, wide
         tag = _native.DTYPE_TAG[torch.float64 if is_wide else torch.float32]
         rows.append((param.data_ptr(), 0, 0, 0, _native.DTYPE_TAG[param.dtype], tag, tag, -1, param.numel(), first))
         first += param.numel()
-    return torch.tensor(rows, dtype=torch.int64)
+    return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
 
 def _subtract_fake(
@@ -390,6 +368,7 @@ _SUBTRACT = register(
     "bool per_tensor, float scale, bool check_finite=True, bool undo=False) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     cpu=subtract_cpu,
+    cuda=_cuda_topm.subtract_cuda if _cuda.compiled() else None,
     elsewhere=_with_defaults(_definition.subtract_core, True, False),
     fake=_subtract_fake,
 )
@@ -397,6 +376,7 @@ _SELECT = register(
     "topm_select(Tensor[] base, Tensor[] tuned, Tensor[] importance, SymInt[] m, bool per_tensor=False) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     cpu=select_cpu,
+    cuda=_cuda_topm.select_cuda if _cuda.compiled() else None,
     elsewhere=_with_defaults(_definition.select_core, False),
     fake=_select_fake,
 )
@@ -404,6 +384,8 @@ _SPARSE = register(
     "sparse_subtract_(Tensor(a!)[] params, Tensor indices, Tensor values, Tensor counts, bool[] wide, float scale, "
     "bool undo=False) -> (Tensor, Tensor, Tensor)",
     cpu=sparse_cpu,
+    cuda=_cuda_topm.sparse_cuda if _cuda.compiled() else None,
     elsewhere=_with_defaults(_definition.sparse_core, False),
     fake=_sparse_fake,
 )
+passes_autograd("topm_subtract_", "topm_select", "sparse_subtract_")

@@ -20,6 +20,7 @@ def good(ops):
         "gradients_and_stats": ops.project_conflicts(grads, return_stats=True),
         "gradient_lists": ops.project_conflicts([[row] for row in grads[0]]),
         "edit": ops.topm_subtract_(torch.ones(4), torch.zeros(4), torch.ones(4), m=2),
+        "delta": ops.topm_select(torch.zeros(4), torch.ones(4), m=2),
     }
 
 
@@ -51,10 +52,34 @@ def test_a_nonfinite_gradient_names_its_group(ops, good):
 
 def test_a_nonfinite_delta_names_its_tensor(ops, good):
     bad = dataclasses.replace(good["edit"], nonfinite=torch.tensor([0, 5]))
-    with pytest.raises(ValueError, match=r"tuned\[1\] - base\[1\] must be finite, got 5 entries"):
+    with pytest.raises(ValueError, match=r"every entry of tensor 1 must have a finite delta .*got 5 that could not"):
         ops.raise_if_bad(bad)
+
+
+def test_bad_importance_is_not_blamed_on_the_difference(ops):
+    importance = torch.tensor([NAN, 1.0])
+    edit = ops.topm_subtract_(torch.zeros(2), torch.zeros(2), torch.ones(2), m=1, importance=importance,
+                              check_finite=False)  # fmt: skip
+    with pytest.raises(ValueError, match=r"every entry of tensor 0 must have .* a finite importance >= 0, got 1 that"):
+        ops.raise_if_bad(edit)
+
+
+@pytest.mark.parametrize("gradients", [torch.tensor([0.0, NAN]), [torch.tensor([0.0, NAN])]], ids=["dense", "list"])
+def test_a_nan_gradient_is_named_by_index_and_not_as_a_row(ops, gradients):
+    with pytest.raises(ValueError, match=r"the result at index \(1,\) must be finite, got NaN"):
+        ops.raise_if_bad(gradients)
+
+
+def test_nan_in_a_table_of_logprobs_names_row_and_column(ops):
+    with pytest.raises(ValueError, match=r"the result at index \(1, 0\) must be finite, got NaN"):
+        ops.raise_if_bad(torch.tensor([[0.0], [NAN]]))
 
 
 def test_anything_else_is_refused(ops):
     with pytest.raises(TypeError, match="result must be what an op returned, got 'token'"):
         ops.raise_if_bad("token")
+
+
+def test_a_refused_dataclass_is_shown_by_its_name_alone(ops, good):
+    with pytest.raises(TypeError, match=r"result must be what an op returned, got a UndoRecord\.$"):
+        ops.raise_if_bad(ops.UndoRecord(torch.ones(3), torch.ones(3), (), ()))

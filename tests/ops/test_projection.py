@@ -457,6 +457,70 @@ def test_both_ops_refuse_the_same_gradients(ops, call):
         getattr(ops, call)(torch.ones(3))
 
 
+def test_refuses_weights_that_are_bools_or_too_large_for_a_float(ops):
+    refused(
+        ops,
+        "weights[1] must be a number that float64 holds, got False",
+        TypeError,
+        torch.ones(2, 3),
+        weights=[1, False],
+    )
+    refused(ops, "weights[0] must be a number that float64 holds, got an integer of 1329 bits", ValueError,
+            torch.ones(2, 3), weights=[10**400, 1])  # fmt: skip
+    refused(ops, "weights must be real numbers, got torch.complex64", TypeError, torch.ones(2, 3),
+            weights=torch.ones(2, dtype=torch.complex64))  # fmt: skip
+
+
+def test_weights_may_be_large_integers(ops):
+    expected = ops.project_conflicts(torch.ones(2, 3), weights=[2.0**70, 1.0])
+    assert_same_bits(ops.project_conflicts(torch.ones(2, 3), weights=[2**70, 1]), expected)
+
+
+def test_refuses_weights_and_orders_without_values(ops):
+    refused(ops, "weights must hold values", ValueError, torch.ones(2, 3), weights=torch.ones(2, device="meta"))
+    order = torch.zeros(2, 1, dtype=torch.int64, device="meta")
+    refused(ops, "order must hold values", ValueError, torch.ones(2, 3), order=order)
+    refused(ops, "order must hold values", ValueError, [torch.ones(3)] * 2, order=order)
+
+
+@pytest.mark.parametrize("flag", [1, None, "yes"], ids=str)
+def test_refuses_a_flag_that_is_no_bool(ops, flag):
+    refused(ops, "return_stats must be True or False", TypeError, torch.ones(2, 3), return_stats=flag)
+
+
+def test_refuses_nested_tensors(ops):
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
+    refused(ops, "grads must be a dense (strided) tensor, got a nested tensor", TypeError, nested)
+    refused(ops, "weights must be a dense (strided) tensor", TypeError, torch.ones(2, 3), weights=nested)
+
+
+def test_refuses_a_reduction_that_is_no_string(ops):
+    refused(ops, "reduction must be one of 'sum', 'mean', got a tensor", TypeError, torch.ones(2, 3),
+            reduction=torch.ones(2))  # fmt: skip
+
+
+# ---- surroundings
+
+
+def test_another_default_device_changes_nothing(ops):
+    grads, order = gradients(3, 50), torch.tensor([[1, 2], [2, 0], [0, 1]])
+    options = [{"seed": 3}, {"order": order}, {"order": "fixed", "weights": [1.0, 2.0, 0.0]}]
+    expected = [ops.project_conflicts(g, return_stats=True, **o) for g in (grads, list(grads)) for o in options]
+    torch.set_default_device("meta")
+    try:
+        actual = [ops.project_conflicts(g, return_stats=True, **o) for g in (grads, list(grads)) for o in options]
+        gram = ops.gradient_gram(grads), ops.gradient_gram(list(grads))
+        with pytest.raises(ValueError, match="grads\\[1, 0\\] must be finite"):
+            ops.project_conflicts(torch.stack([grads, grads / torch.zeros((), device="cpu")]))
+    finally:
+        torch.set_default_device(None)
+    for (out, stats), (wanted, wanted_stats) in zip(actual, expected, strict=True):
+        for a, e in zip([out, stats.cosines_after], [wanted, wanted_stats.cosines_after], strict=True):
+            assert_same_bits(*(x[0] if isinstance(x, list) else x for x in (a, e)))
+    assert_same_bits(gram[0], ops.gradient_gram(grads))
+    assert_same_bits(gram[1], ops.gradient_gram(list(grads)))
+
+
 # ---- hypothesis
 
 

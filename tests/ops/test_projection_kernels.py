@@ -247,14 +247,6 @@ def test_a_bad_gradient_raises_inside_a_compiled_function():
 # ---- the reference behind the ops' names, and on devices without kernels
 
 
-def test_the_backend_switch_runs_the_reference(monkeypatch):
-    monkeypatch.setattr(reference_projection, "project_conflicts", lambda *a, **k: "project")
-    monkeypatch.setattr(reference_projection, "gradient_gram", lambda *a, **k: "gram")
-    with prosocial_ext.ops.backend("reference"):
-        assert prosocial_ext.ops.project_conflicts(torch.ones(1, 1)) == "project"
-        assert prosocial_ext.ops.gradient_gram(torch.ones(1, 1)) == "gram"
-
-
 def test_devices_without_kernels_run_the_reference():
     """Their implementations, called on the CPU, where they can be."""
     grads, weights = gradients(2, 3, 50), torch.tensor([[1.0, 0.5, 0.0], [2.0, 1.0, 1.0]], dtype=torch.float64)

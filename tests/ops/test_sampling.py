@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prosocial_ext.reference import philox, sampling
 from scipy.stats import chi2
+from torch.autograd import forward_ad
 
 from prosocial_ext import _C, reference
 from prosocial_ext.ops import _native
@@ -343,6 +344,30 @@ def test_an_int_seed_gives_each_row_its_own_counter(ops):
     assert not torch.equal(ops.guided_sample(base, seed=1), ops.guided_sample(base, seed=1, offset=1))
 
 
+def test_a_0_dim_seed_is_an_int_and_gives_each_row_its_own_counter(ops):
+    base = torch.zeros(64, 300)
+    expected = ops.guided_sample(base, seed=7, offset=3)
+    assert expected.unique().numel() > 32
+    seed, offset = torch.tensor(7), torch.tensor(3)
+    assert_same_bits(ops.guided_sample(base, seed=seed, offset=offset), expected)
+    assert_same_bits(ops.guided_sample(base, seed=seed, offset=3, return_logprobs=True)[0], expected)
+    assert_same_bits(ops.guided_sample(base, seed=7, offset=offset.expand(64)), expected)
+
+
+def test_another_default_device_changes_nothing(ops):
+    base, guide = case("normal"), case("ascending")
+    kwargs = {"guidance": 0.5, "seed": 2}
+    expected = ops.guided_sample(base, guide, return_logprobs=True, **kwargs), ops.guided_logprobs(base, guide)
+    torch.set_default_device("meta")
+    try:
+        actual = ops.guided_sample(base, guide, return_logprobs=True, **kwargs), ops.guided_logprobs(base, guide)
+        plain = ops.guided_sample(base, guide, **kwargs)
+    finally:
+        torch.set_default_device(None)
+    for a, e in zip([*actual[0], actual[1], plain], [*expected[0], expected[1], expected[0][0]], strict=True):
+        assert_same_bits(a, e)
+
+
 def test_scalars_equal_filled_tensors(ops):
     base, guide = case("normal"), case("ascending")
     scalars = {"guidance": 0.3, "temperature": 0.9, "top_k": 50, "top_p": 0.9, "min_p": 0.01}
@@ -488,7 +513,19 @@ def test_a_row_without_a_distribution_is_named(ops, name):
         ({"guidance": math.inf}, "guidance must be a finite number"),
         ({"guidance": math.nan}, "guidance must be a finite number"),
         ({"guidance": torch.tensor([1.0, math.nan])}, "guidance must be finite, got nan in row 1"),
-        ({"guidance": torch.ones(3)}, "guidance must be a scalar, per row"),
+        (
+            {"guidance": torch.ones(3)},
+            r"guidance must be a scalar, per row \[B\] with one guide \[B, V\], per guide \[G\] "
+            r"with stacked guides \[G, B, V\], or both \[B, G\], got .* Here is one guide, B = 2 and G = 1",
+        ),
+        ({"guidance": 10**400}, "guidance must be a finite number, or a tensor, got an integer of 1329 bits"),
+        ({"temperature": -(2**70)}, r"temperature must be finite and >= 0, got -1.18"),
+        ({"temperature": 10**400}, "temperature must be a number that float64 holds, got an integer of 1329 bits"),
+        ({"top_p": 2**70}, r"top_p must be in \[0, 1\], got 1.18"),
+        ({"seed": 10**400}, r"seed must be in \[0, 2\*\*63\), got an integer of 1329 bits"),
+        ({"guidance": torch.ones(2, device="meta")}, "guidance must hold values, got a tensor .* on meta"),
+        ({"temperature": torch.ones(2, device="meta")}, "temperature must hold values"),
+        ({"seed": torch.ones(2, dtype=torch.int64, device="meta")}, "seed must hold values"),
         ({"vocab_size": 0}, "vocab_size must be in"),
         ({"vocab_size": 301}, "vocab_size must be in"),
     ],
@@ -508,6 +545,21 @@ def test_arguments_out_of_range_are_refused(ops, kwargs, words):
         ({"seed": 1.0}, "seed must be an int"),
         ({"guidance": None}, "guidance must be a finite number"),
         ({"vocab_size": 3.0}, "vocab_size must be in"),
+        ({"temperature": True}, "temperature must be a number"),
+        ({"temperature": 1j}, "temperature must be a number"),
+        (
+            {"temperature": torch.ones(2, dtype=torch.complex64)},
+            "temperature must be real numbers, got torch.complex64",
+        ),
+        ({"top_p": torch.ones(2, dtype=torch.bool)}, "top_p must be real numbers, got torch.bool"),
+        ({"guidance": torch.ones(2, dtype=torch.complex64)}, "guidance must be real numbers, got torch.complex64"),
+        ({"guidance": torch.ones(2, dtype=torch.bool)}, "guidance must be real numbers, got torch.bool"),
+        ({"guidance": torch.ones(2).to_sparse()}, r"guidance must be a dense \(strided\) tensor"),
+        ({"seed": torch.ones(2, dtype=torch.bool)}, "seed must be an integer tensor, got torch.bool"),
+        ({"seed": torch.ones(2, dtype=torch.complex64)}, "seed must be an integer tensor, got torch.complex64"),
+        ({"return_logprobs": 1}, "return_logprobs must be True or False, got 1"),
+        ({"return_logprobs": None}, "return_logprobs must be True or False, got None"),
+        ({"return_logprobs": 0}, "return_logprobs must be True or False, got 0"),
     ],
     ids=str,
 )
@@ -534,6 +586,43 @@ def test_logits_of_the_wrong_shape_or_dtype_are_refused(ops, base, guide, error,
     for call in (ops.guided_sample, ops.guided_logprobs):
         with pytest.raises(error, match=words):
             call(base, guide)
+
+
+def test_a_1d_guidance_of_the_wrong_length_for_stacked_guides_is_told_both_readings(ops):
+    words = r"per guide \[G\] with stacked guides .* Here guides are stacked, B = 2 and G = 3: shape \[3\] or \[2, 3\]"
+    with pytest.raises(ValueError, match=words):
+        ops.guided_logprobs(case("normal"), case("normal").expand(3, 2, 300), guidance=torch.ones(2))
+
+
+@pytest.mark.parametrize("w", [math.nan, math.inf, -math.inf], ids=str)
+def test_guidance_that_is_not_finite_is_refused_even_where_no_row_reads_it(ops, w):
+    for base, guide in ((case("normal"), None), (torch.empty(0, 5), None), (torch.empty(0, 5), torch.empty(0, 5))):
+        with pytest.raises(ValueError, match="guidance must be a finite number"):
+            ops.guided_sample(base, guide, guidance=w)
+
+
+def test_large_integers_are_read_as_floats(ops):
+    base = case("normal")
+    expected = ops.guided_sample(base, base, temperature=2.0**70, guidance=2.0**66, seed=1)
+    assert_same_bits(ops.guided_sample(base, base, temperature=2**70, guidance=2**66, seed=1), expected)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=["strided", "jagged"])
+def test_logits_that_are_nested_or_negated_views_are_refused(ops, layout):
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=layout)
+    negative = torch.view_as_complex(torch.ones(2, 5, 2)).conj().imag
+    for call in (ops.guided_sample, ops.guided_logprobs):
+        with pytest.raises(TypeError, match=r"base_logits must be a dense \(strided\) tensor, got a nested tensor"):
+            call(nested)
+        with pytest.raises(TypeError, match=r"guide_logits must be a dense \(strided\) tensor, got a nested tensor"):
+            call(case("normal"), nested)
+        with pytest.raises(TypeError, match=r"guidance must be a dense \(strided\) tensor, got a nested tensor"):
+            call(case("normal"), case("normal"), guidance=nested)
+        with pytest.raises(ValueError, match=r"base_logits must hold its values .* Call \.resolve_neg\(\) first"):
+            call(negative)
+        with pytest.raises(ValueError, match=r"guide_logits must hold its values"):
+            call(torch.ones(2, 5), negative)
 
 
 def test_logprobs_want_a_positive_temperature(ops):
@@ -566,3 +655,84 @@ def test_fp32_gradients_are_those_of_log_softmax(ops):
     torch.testing.assert_close(base.grad, b.grad, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(guide.grad, g.grad.nan_to_num(), atol=1e-5, rtol=1e-4)
     assert ops.guided_sample(base, guide).requires_grad is False
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16,) * 2, (torch.float16,) * 2, (torch.bfloat16, torch.float32),
+                                    (torch.float32, torch.float16), (torch.float64, torch.bfloat16)], ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("stacked", [False, True])
+def test_gradients_have_the_dtypes_of_the_logits_and_the_values_of_fp32(ops, dtypes, stacked):
+    wide = torch.float64 if torch.float64 in dtypes else torch.float32
+    guides = case("ascending").expand(2, 2, 300) if stacked else case("ascending")
+    narrow = [(t * 0.5).to(dtype).requires_grad_() for t, dtype in zip((case("normal"), guides), dtypes, strict=True)]
+    exact = [t.detach().to(wide).requires_grad_() for t in narrow]
+    upstream = torch.randn(2, 300, generator=torch.Generator().manual_seed(1)).to(wide)
+    for logits in (narrow, exact):
+        ops.guided_logprobs(*logits, guidance=0.7, temperature=0.9).backward(upstream)
+    for n, e, dtype in zip(narrow, exact, dtypes, strict=True):
+        assert n.grad.dtype == dtype
+        assert_same_bits(n.grad, e.grad.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_masked_tokens_neither_give_nor_get_a_gradient(ops, dtype):
+    base, guide = case("masked").to(dtype).requires_grad_(), case("normal").to(dtype).requires_grad_()
+    masked = base.detach() == -math.inf
+    logprobs = ops.guided_logprobs(base, guide, vocab_size=290)
+    upstream = torch.where(logprobs == -math.inf, math.nan, 1.0).to(dtype)
+    clean = torch.where(logprobs == -math.inf, 0.0, 1.0).to(dtype)
+    expected = torch.autograd.grad(logprobs, (base, guide), clean, retain_graph=True)
+    for grad, wanted in zip(torch.autograd.grad(logprobs, (base, guide), upstream), expected, strict=True):
+        assert_same_bits(grad, wanted)
+        assert not grad[masked].any()
+        assert not grad[:, 290:].any()
+        assert grad[:, :290][~masked[:, :290]].all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_gradients_have_the_bits_of_the_reference(compiled, dtype):
+    results = []
+    for module in (compiled, reference):
+        base, guide = case("masked").to(dtype).requires_grad_(), case("normal").to(dtype).requires_grad_()
+        logprobs = module.guided_logprobs(base, guide, guidance=0.5, temperature=0.8)
+        upstream = torch.randn(2, 300, generator=torch.Generator().manual_seed(1)).to(dtype)
+        results.append(torch.autograd.grad(logprobs, (base, guide), upstream))
+    for actual, expected in zip(*results, strict=True):
+        assert_same_bits(actual, expected)
+
+
+def test_knobs_that_require_grad_are_read_as_constants(ops):
+    base, guide = case("normal").requires_grad_(), case("ascending")
+    knobs = {"guidance": torch.tensor([0.5, 0.7]), "temperature": torch.tensor([0.9, 1.1])}
+    learnt = {name: values.clone().requires_grad_() for name, values in knobs.items()}
+    expected = ops.guided_logprobs(base, guide, **knobs)
+    actual = ops.guided_logprobs(base, guide, **learnt)
+    assert_same_bits(actual, expected)
+    upstream = torch.ones_like(expected)
+    assert_same_bits(*(torch.autograd.grad(out, base, upstream)[0] for out in (actual, expected)))
+    assert not ops.guided_logprobs(case("normal"), guide, **learnt).requires_grad
+    tokens, logprobs = ops.guided_sample(base, guide, return_logprobs=True, **learnt)
+    assert not tokens.requires_grad
+    assert not logprobs.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_torch_func_grad_is_backward(ops, dtype):
+    base, guide = case("normal").to(dtype), case("ascending").to(dtype)
+    loss = lambda b, g: ops.guided_logprobs(b, g, guidance=0.5)[:, 3].sum()  # noqa: E731
+    expected = torch.autograd.grad(loss(base.requires_grad_(), guide.requires_grad_()), (base, guide))
+    for actual, wanted in zip(torch.func.grad(loss, (0, 1))(base.detach(), guide.detach()), expected, strict=True):
+        assert_same_bits(actual, wanted)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch.func, on itself
+@pytest.mark.parametrize("which", ["base", "guide"])
+def test_forward_mode_is_refused_and_not_silently_zero(ops, which):
+    base, guide = case("normal"), case("ascending")
+    call = (lambda x: ops.guided_logprobs(x, guide)) if which == "base" else lambda x: ops.guided_logprobs(base, x)
+    with pytest.raises(NotImplementedError, match="must not be given forward-mode tangents"):
+        torch.func.jvp(call, (base,), (torch.ones_like(base),))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="only reverse mode is implemented"):
+        call(forward_ad.make_dual(base, torch.ones_like(base)))
+    with forward_ad.dual_level():
+        assert_same_bits(call(base), call(base))  # without a tangent nothing is lost

@@ -15,20 +15,21 @@ def logits(rows=3, vocab=50, seed=0):
 
 
 @pytest.mark.parametrize("guides", [None, 2, 3], ids=["base", "one_guide", "stacked"])
-def test_the_registered_ops_pass_opcheck(guides):
-    base = logits()
+@pytest.mark.parametrize("grad", [False, True], ids=["detached", "requires_grad"])
+def test_the_registered_ops_pass_opcheck(guides, grad):
+    base = logits().requires_grad_(grad)
     guide = None if guides is None else logits(seed=1) if guides == 2 else torch.stack([logits(seed=1), logits(seed=2)])
+    if guide is not None:
+        guide.requires_grad_(grad)
     count = 0 if guides is None else 1 if guides == 2 else 2
     namespace = torch.ops.prosocial_ext
     opcheck(namespace.guided_sample.default, (base, guide, 50, 3, 4, 0.5, 0.9, 7, 0.8, 0.01))
-    knobs = torch.tensor([[0.9, 0.8, 0.01] + [0.5] * count] * 3)
+    knobs = torch.tensor([[0.9, 0.8, 0.01] + [0.5] * count] * 3, requires_grad=grad)
     counters = torch.tensor([[7, 3, 4]] * 3)
     opcheck(namespace.guided_sample_rows.default, (base, guide, knobs, counters, 50, True, True))
     opcheck(namespace.guided_sample_rows.default, (base, guide, knobs, counters, 50, False, False))
-    base.requires_grad_()
-    if guide is not None:
-        guide.requires_grad_()
-    opcheck(namespace.guided_logprobs.default, (base, guide, knobs[:, [0, *range(3, 3 + count)]], 50))
+    knobs = knobs.detach()[:, [0, *range(3, 3 + count)]]
+    opcheck(namespace.guided_logprobs.default, (base, guide, knobs, 50))
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # inductor, on itself

@@ -473,6 +473,59 @@ def test_inference_tensors_are_edited(ops):
         assert params.tolist() == [-1.0, 0.0, 0.0]
 
 
+@pytest.mark.parametrize("strided", [False, True])
+def test_inference_tensors_are_edited_and_reverted_outside_inference_mode_too(ops, strided):
+    with torch.inference_mode():
+        whole = torch.zeros(3, 2)
+        params = whole[:, 0] if strided else torch.zeros(3)
+        delta = ops.topm_select(torch.zeros(3), torch.ones(3), m=2)
+    assert params.is_inference()
+    edit = ops.topm_subtract_(params, torch.zeros(3), torch.ones(3), m=1, undo=True)
+    assert params.tolist() == [-1.0, 0.0, 0.0]
+    sparse = ops.sparse_subtract_(params, delta, undo=True)
+    assert params.tolist() == [-2.0, -1.0, 0.0]
+    sparse.revert_(params)
+    edit.revert_(params)
+    assert params.tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("call", ["topm_subtract_", "sparse_subtract_", "revert_"])
+def test_writes_in_inference_mode_are_noticed_by_a_backward_too(ops, call):
+    edit = ops.topm_subtract_(torch.zeros(3), torch.zeros(3), torch.ones(3), m=1, undo=True)
+    w = torch.ones(3, requires_grad=True)
+    y = (w * w).sum()
+    with torch.inference_mode():
+        if call == "topm_subtract_":
+            ops.topm_subtract_(w, torch.zeros(3), torch.ones(3), m=1)
+        elif call == "sparse_subtract_":
+            ops.sparse_subtract_(w, ops.topm_select(torch.zeros(3), torch.ones(3), m=1))
+        else:
+            edit.revert_(w)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+def test_an_integer_scale_is_read_as_a_float(ops):
+    params = torch.zeros(2)
+    ops.topm_subtract_(params, torch.zeros(2), torch.tensor([0.0, 1.0]), m=1, scale=2**70)
+    assert params.tolist() == [0.0, -(2.0**70)]
+
+
+def test_an_empty_tensor_among_the_params_does_not_cost_the_single_pass(monkeypatch):
+    calls = []
+
+    class Counted(native.Prepared):
+        def __init__(self, *args, one_pass=False, **options):
+            calls.append(one_pass)
+            super().__init__(*args, one_pass=one_pass, **options)
+
+    monkeypatch.setattr(native, "Prepared", Counted)
+    params, base, tuned = triple([(40,), (0,)], [torch.float32] * 3)
+    native.subtract_cpu(params, base, tuned, [], [4], False, -1.0, False)
+    native.subtract_cpu(params, params, tuned, [], [4], False, -1.0, False)
+    assert calls == [True, False]
+
+
 def test_the_reference_backend_runs_behind_the_ops_names():
     with prosocial_ext.ops.backend("reference"):
         params = torch.zeros(3)

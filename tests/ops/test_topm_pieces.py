@@ -135,17 +135,70 @@ def test_streams_edit_strided_params():
     assert whole.nonzero().tolist() == [[1, 0], [1, 2]]
 
 
+HISTOGRAM = torch.zeros(streaming.BINS, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(("histogram", "error", "message"), [
+    (None, TypeError, "histogram must be a tensor, got None"),
+    (HISTOGRAM.int(), TypeError, "histogram must be torch.int64, got torch.int32"),
+    (HISTOGRAM[:-1], ValueError, r"histogram must have shape \[65536\] and be contiguous, on the CPU"),
+    (HISTOGRAM.view(2, -1), ValueError, r"histogram must have shape \[65536\]"),
+    (HISTOGRAM.repeat(2)[::2], ValueError, r"histogram must have shape \[65536\] and be contiguous"),
+    (HISTOGRAM.to("meta"), ValueError, "on the CPU, got a tensor .* on meta"),
+], ids=["none", "dtype", "short", "shape", "strided", "device"])  # fmt: skip
+def test_a_histogram_of_another_form_is_refused(histogram, error, message):
+    with pytest.raises(error, match=message):
+        streaming.add_histogram_(
+            histogram, [torch.zeros(3)], [torch.zeros(3)], [torch.ones(3)], streaming.Selection(1, False)
+        )
+
+
+def test_streams_ignore_the_default_device():
+    params, base, tuned = torch.zeros(4), torch.zeros(4), torch.tensor([1.0, 3.0, 2.0, 8.0])
+    selection, histograms = streaming.Selection(2, False), [HISTOGRAM.clone(), HISTOGRAM.clone()]
+    torch.set_default_device("meta")
+    try:
+        for histogram in histograms:
+            streaming.add_histogram_(histogram, [params], [base], [tuned], selection)
+            selection = streaming.settle(histogram, selection)
+        streaming.apply_([params], [base], [tuned], selection)
+    finally:
+        torch.set_default_device(None)
+    assert params.tolist() == [0.0, -3.0, 0.0, -8.0]
+
+
+def test_the_ops_ignore_the_default_device(ops):
+    whole, base, tuned = torch.zeros(4, 2), torch.zeros(4), torch.tensor([1.0, 3.0, 2.0, 8.0])
+    params = whole[:, 0]
+    torch.set_default_device("meta")
+    try:
+        edit = ops.topm_subtract_(params, base, tuned, m=2, undo=True)
+        sparse = ops.sparse_subtract_(params, ops.topm_select(base, tuned, m=1), undo=True)
+        with pytest.raises(ValueError, match="must be finite"):
+            ops.topm_subtract_(params, base, tuned / torch.zeros((), device="cpu"), m=2)
+        assert params.tolist() == [0.0, -3.0, 0.0, -16.0]
+        sparse.revert_(params)
+        edit.revert_(params)
+    finally:
+        torch.set_default_device(None)
+    assert params.tolist() == [0.0] * 4
+    assert edit.kept.tolist() == [2]
+
+
 # ---- torch.library and torch.compile
 
 OPCHECK = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
+@pytest.mark.parametrize("grad", [False, True], ids=["detached", "requires_grad"])
 @pytest.mark.parametrize("importance", [False, True])
 @pytest.mark.parametrize("undo", [False, True])
-def test_topm_subtract_passes_opcheck(importance, undo):
+def test_topm_subtract_passes_opcheck(importance, undo, grad):
     params, base, tuned = triple([(5, 3), (4,)], [torch.bfloat16] * 3)
     weights = [torch.ones(5, 3), torch.ones(4)] if importance else []
     params[0] = params[0].t().contiguous().t()
+    for tensor in [*params, *base, *tuned, *weights]:
+        tensor.requires_grad_(grad)
     torch.library.opcheck(
         torch.ops.prosocial_ext.topm_subtract_.default,
         (params, base, tuned, weights, [7], False, 0.5, True, undo),
@@ -162,17 +215,23 @@ def test_topm_subtract_passes_opcheck_with_params_given_as_base_too():
     )
 
 
-def test_topm_select_passes_opcheck():
+@pytest.mark.parametrize("grad", [False, True], ids=["detached", "requires_grad"])
+def test_topm_select_passes_opcheck(grad):
     _, base, tuned = triple([(5, 3), (4,)], [torch.bfloat16] * 3)
+    for tensor in [*base, *tuned]:
+        tensor.requires_grad_(grad)
     torch.library.opcheck(
         torch.ops.prosocial_ext.topm_select.default, (base, tuned, [], [7], False), test_utils=OPCHECK
     )
 
 
+@pytest.mark.parametrize("grad", [False, True], ids=["detached", "requires_grad"])
 @pytest.mark.parametrize("undo", [False, True])
-def test_sparse_subtract_passes_opcheck(undo):
+def test_sparse_subtract_passes_opcheck(undo, grad):
     params, base, tuned = triple([(5, 3), (4,)], [torch.float16] * 3)
     delta = reference.topm_select(base, tuned, m=6)
+    for tensor in [*params, delta.values]:
+        tensor.requires_grad_(grad)
     torch.library.opcheck(
         torch.ops.prosocial_ext.sparse_subtract_.default,
         (params, delta.indices, delta.values, delta.counts, [False, False], 0.5, undo),
@@ -193,6 +252,31 @@ def test_the_ops_compile_without_a_graph_break():
     outputs = torch.compile(edit, fullgraph=True, backend="aot_eager")(params, base, tuned)
     for a, e in zip([*params, *outputs], [*expected, *wanted], strict=True):
         assert_same_bits(a, e)
+
+
+@pytest.mark.parametrize("case", ["params_twice", "params_as_another_base"])
+def test_one_tensor_given_twice_is_refused_under_compile_too(case):
+    p, q, z, one = (torch.full((4,), value) for value in (0.0, 0.0, 0.0, 1.0))
+    params, base = ([p, p], [z, z]) if case == "params_twice" else ([p, q], [q, z])
+    call = torch.compile(lambda *a: compiled_ops.topm_subtract_(*a, m=1).kept, backend="aot_eager")
+    with pytest.raises(ValueError, match=r"params\[\d\] must not share memory with (params|base)"):
+        call(params, base, [one, one])
+    assert p.tolist() == [0.0] * 4
+
+
+def test_one_tensor_given_twice_to_the_sparse_op_is_refused_under_compile_too():
+    p = torch.zeros(4)
+    delta = reference.topm_select([torch.zeros(4)] * 2, [torch.ones(4)] * 2, m=1)
+    call = torch.compile(lambda *a: compiled_ops.sparse_subtract_(*a).kept, backend="aot_eager")
+    with pytest.raises(ValueError, match=r"params\[0\] must not share memory with params\[1\]"):
+        call([p, p], delta)
+
+
+def test_params_given_as_their_own_base_compile():
+    p, z, one = torch.zeros(4), torch.zeros(4), torch.ones(4)
+    call = torch.compile(lambda *a: compiled_ops.topm_subtract_(*a, m=5).kept, backend="aot_eager", fullgraph=True)
+    assert call([p, z], [p, z], [one, one]).tolist() == [4, 1]
+    assert p.tolist() == [-1.0] * 4
 
 
 def test_devices_without_kernels_run_the_reference():

@@ -1,0 +1,116 @@
+"""The sampling ops on CUDA tensors (csrc/cuda/sampling.cu): allocate, launch, return; nothing waits for the device.
+
+A row without a distribution, or with a parameter out of range, gives token -1 and NaN log-probs.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from prosocial_ext.ops import _cuda
+from prosocial_ext.ops._logits import unit_columns, view
+from prosocial_ext.reference import sampling as definition
+from prosocial_ext.reference import sampling_arguments as arguments
+
+__all__ = ["logprobs", "sample", "sample_rows"]
+
+block_threads = 0  # of the kernels' blocks: 64 or 256, 0 for the launchers' choice (tests)
+
+
+def _scratch(base: torch.Tensor, vocab: int, filters: bool) -> torch.Tensor:
+    """Memory for one call. Its contents do not matter: the first launch prepares what the others rely on."""
+    size = _cuda.launchers.sampling_scratch_bytes(base.shape[0], vocab, filters, block_threads)
+    return torch.empty(size, dtype=torch.uint8, device=base.device)
+
+
+def sample(
+    base: torch.Tensor,
+    guide: torch.Tensor | None,
+    vocab: int,
+    seed: int,
+    offset: int,
+    guidance: float = 1.0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> torch.Tensor:
+    """Draw with one set of parameters: two launches, three with top-k or top-p."""
+    base = unit_columns(base)
+    guide = None if guide is None else unit_columns(guide)
+    (base_view, _), (guide_view, guides) = view(base), view(guide)
+    tokens = torch.empty(base.shape[0], dtype=torch.int64, device=base.device)
+    filters = temperature > 0 and (0 < top_k < vocab or top_p < 1)
+    scratch = _scratch(base, vocab, filters)
+    error = _cuda.launchers.guided_sample(
+        *(base_view, guide_view, guides, base.shape[0], vocab),
+        *(guidance, temperature, top_k, top_p, min_p, seed, offset, filters),
+        *(tokens.data_ptr(), scratch.data_ptr(), block_threads, *_cuda.target(base)),
+    )
+    _cuda.checked(error)
+    return tokens
+
+
+def sample_rows(
+    base: torch.Tensor,
+    guide: torch.Tensor | None,
+    knobs: torch.Tensor,
+    counters: torch.Tensor,
+    vocab: int,
+    row_in_counter: bool,
+    logprobs: bool,
+    words: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw with parameters per row, which stay on the device: always three launches.
+
+    ``words`` [B] replaces the random words (tests). Returns tokens and log-probs, the latter empty unless asked for.
+    """
+    rows, device = base.shape[0], base.device
+    base = unit_columns(base)
+    guide = None if guide is None else unit_columns(guide)
+    (base_view, _), (guide_view, guides) = view(base), view(guide)
+    rounded, counted = knobs.to(torch.float32).contiguous(), counters.contiguous()
+    tokens = torch.empty(rows, dtype=torch.int64, device=device)
+    drawn = torch.empty(rows if logprobs else 0, dtype=torch.float32, device=device)
+    scratch = _scratch(base, vocab, True)
+    error = _cuda.launchers.guided_sample_rows(
+        *(base_view, guide_view, guides, rows, vocab, rounded.data_ptr(), counted.data_ptr(), row_in_counter),
+        *(0 if words is None else words.data_ptr(), tokens.data_ptr(), drawn.data_ptr() if logprobs else 0),
+        *(scratch.data_ptr(), block_threads, *_cuda.target(base)),
+    )
+    _cuda.checked(error)
+    return tokens, drawn
+
+
+def logprobs(base: torch.Tensor, guide: torch.Tensor | None, knobs: torch.Tensor, vocab: int) -> torch.Tensor:
+    """Return the log-probs of whole rows, knobs [B, 1 + G] being temperature and guidance: three launches."""
+    if torch.float64 in (base.dtype, guide.dtype if guide is not None else None):
+        return _logprobs_double(base, guide, knobs, vocab)
+    rows, columns = base.shape
+    base = unit_columns(base)
+    guide = None if guide is None else unit_columns(guide)
+    (base_view, _), (guide_view, guides) = view(base), view(guide)
+    rounded = knobs.to(torch.float32).contiguous()
+    out = torch.empty(rows, columns, dtype=torch.float32, device=base.device)
+    scratch = _scratch(base, vocab, False)
+    error = _cuda.launchers.guided_logprobs(
+        *(base_view, guide_view, guides, rows, vocab, columns, rounded.data_ptr(), out.data_ptr()),
+        *(scratch.data_ptr(), block_threads, *_cuda.target(base)),
+    )
+    _cuda.checked(error)
+    return out
+
+
+def _logprobs_double(base: torch.Tensor, guide: torch.Tensor | None, knobs: torch.Tensor, vocab: int) -> torch.Tensor:
+    """fp64 is a float softmax: the reference's own steps, with NaN for the rows that it would refuse."""
+    with torch.no_grad():
+        guides = guide[None] if guide is not None and guide.dim() == 2 else guide
+        wide = knobs.to(torch.float32).double()
+        temperature, strength = wide[:, :1], wide[:, 1:]
+        z = definition.combine(arguments.Logits(base, guides, vocab), strength)
+        out = torch.log_softmax(z / temperature, dim=-1)
+        good = (temperature > 0) & temperature.isfinite() & strength.isfinite().all(-1, keepdim=True)
+        good &= ~(z.isnan() | (z == math.inf)).any(-1, keepdim=True) & (z > -math.inf).any(-1, keepdim=True)
+        return torch.where(good, out, math.nan)

@@ -3,6 +3,7 @@
 Environment variables read here:
   PROSOCIAL_CUDA        auto (default), on, off: compile the CUDA kernels
   PROSOCIAL_CUDA_ARCHS  CMake architecture list, e.g. "90-real" (default: every released architecture + PTX)
+  PROSOCIAL_CUDA_STRICT 1: warnings and register spills of the CUDA kernels are errors (.ci/run)
   PROSOCIAL_SANITIZE    1: with the address and undefined-behaviour sanitizers (`make sanitize`)
   CUDACXX, CUDA_HOME, CUDA_PATH, PATH: where nvcc is looked for, in this order, then /usr/local/cuda
 """
@@ -40,6 +41,11 @@ def tool(module: str, directory: str, name: str) -> str:
         return found
 
 
+def switch(name: str) -> bool:
+    """Whether an environment variable is set to anything but 0."""
+    return os.environ.get(name, "") not in ("", "0")
+
+
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         import pybind11
@@ -54,8 +60,9 @@ class CMakeBuild(build_ext):
             if nvcc:
                 environment["CUDACXX"] = nvcc
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        sanitize = os.environ.get("PROSOCIAL_SANITIZE", "") not in ("", "0")
-        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}{'-sanitize' if sanitize else ''}"
+        sanitize, strict = switch("PROSOCIAL_SANITIZE"), switch("PROSOCIAL_CUDA_STRICT")
+        suffix = "-sanitize" * sanitize + "-strict" * strict
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}{suffix}"
         cmake = tool("cmake", "CMAKE_BIN_DIR", "cmake")
         configure = [
             cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
@@ -64,6 +71,7 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DPSE_CUDA={cuda}",
+            f"-DPSE_CUDA_STRICT={'ON' if strict else 'OFF'}",
             f"-DPSE_SANITIZE={'ON' if sanitize else 'OFF'}",
             f"-DPSE_VERSION={self.distribution.get_version()}",
             f"-DCMAKE_INSTALL_PREFIX={target}",

@@ -6,6 +6,7 @@
 #include "cpu/dispatch.h"
 
 #ifdef PSE_WITH_CUDA
+#include "bindings/cuda.h"
 #include "cuda/device.h"
 #endif
 
@@ -28,6 +29,8 @@ PYBIND11_MODULE(_C, m) {
     m.attr("cuda_toolkit") = PSE_CUDA_TOOLKIT;
     m.attr("cuda_archs") = PSE_CUDA_ARCHS;
     m.def("cuda_device_count", &pse::cuda::device_count, "(cudaError_t, devices); 35: no driver, or too old");
+    py::module_ cuda = m.def_submodule("cuda", "launchers of the CUDA kernels (csrc/cuda)");
+    pse::register_cuda(cuda);
 #else
     m.attr("cuda_toolkit") = py::none();
     m.attr("cuda_archs") = py::none();

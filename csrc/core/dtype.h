@@ -15,7 +15,7 @@ struct bf16_t {
     uint16_t bits;
 };
 
-inline constexpr int64_t dtype_size(DType dtype) { return dtype == DType::f32 ? 4 : dtype == DType::f64 ? 8 : 2; }
+PSE_HD constexpr int64_t dtype_size(DType dtype) { return dtype == DType::f32 ? 4 : dtype == DType::f64 ? 8 : 2; }
 
 namespace PSE_ISA {
 

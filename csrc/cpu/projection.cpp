@@ -1,10 +1,12 @@
 // Gram-space PCGrad: 2kN elements read, N written, however many projections happen.
-//   gram     per block of kBlock elements: kLanes interleaved sums per pair, joined in a fixed tree; then block order
+//   gram     per block of kBlock elements: kLanes interleaved sums per pair, joined in a fixed tree; then runs of
+//            blocks, then the runs, all in order (core/gram_order.h)
 //   recur    k-vectors in fp64 (core/pcgrad.h)
 //   combine  out = sum_j c_j g_j in fp64, j ascending, unfused, rounded once (16-bit types through fp32)
 // Blocks start anew in each tensor, and sums belong to blocks, never to threads: the same bits for any thread count.
 #include "cpu/projection.h"
 
+#include "core/gram_order.h"
 #include "cpu/convert.h"
 #include "cpu/lanes.h"
 #include "cpu/parallel.h"
@@ -12,8 +14,8 @@
 namespace pse {
 namespace PSE_ISA {
 
-constexpr int64_t kBlock = 4096;  // partial sums are k / kBlock of the input: 1.6 % at k = 64
-constexpr int64_t kLanes = 8;
+constexpr int64_t kBlock = kGramBlock;
+constexpr int64_t kLanes = kGramLanes;
 constexpr int kParts = kLanes / kWidth;
 constexpr int kVectors = kWidth == 8 ? 32 : 16;  // architectural registers
 // Up to here all pairs stay in registers beside one vector of each row: 21 + 6 of 32, 10 + 4 of 16.
@@ -25,8 +27,6 @@ constexpr int64_t kSlab = 256;  // columns: k = 16 stays within 32 KB
 
 static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-static inline int64_t pairs_of(int64_t k) { return k * (k + 1) / 2; }
-static inline int64_t pair_index(int64_t i, int64_t j) { return i * (i + 1) / 2 + j; }  // j <= i
 static inline int64_t blocks_of(const Gradients& grads) { return grads.first_block[grads.tensors]; }
 
 // ---- scratch: partial sums of every block, then one workspace per thread
@@ -166,10 +166,6 @@ static inline void gram_tile(const double* left, const double* right, int64_t n,
     }
 }
 
-static inline double join_lanes(const double* s) {
-    return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
-}
-
 template <int K, class T>
 static void gram_block_rows(const void* const* rows, int64_t n, double* partial) {
     constexpr bool kExact = sizeof(T) < 8;
@@ -266,14 +262,22 @@ static void gram(const Gradients& grads, double* out, char* scratch, int threads
                    else
                        gram_block_tiles<true>(space, place.dtype, k, place.count, partial);
                });
-    // Join in block order, row by row of the lower triangle.
+    // Join runs of blocks, then the runs, row by row of the lower triangle.
     parallel_for(grads.groups * k, useful_threads(grads.groups * per_group * pairs, threads), [&](int64_t task) {
         const int64_t group = task / k, i = task % k;
         const double* part = partials + group * per_group * pairs + pair_index(i, 0);
         double* row = out + (group * k + i) * k;
         for (int64_t j = 0; j <= i; ++j) row[j] = 0.0;
-        for (int64_t block = 0; block < per_group; ++block, part += pairs)
-            for (int64_t j = 0; j <= i; ++j) row[j] += part[j];
+        for (int64_t first = 0; first < per_group; first += kGramRun) {
+            const int64_t end = min64(first + kGramRun, per_group);
+            for (int64_t start = 0; start <= i; start += kLanes) {  // a cache line of each block's sums at a time
+                const int64_t count = min64(kLanes, i + 1 - start);
+                double run[kLanes] = {};
+                for (int64_t block = first; block < end; ++block)
+                    for (int64_t j = 0; j < count; ++j) run[j] += part[block * pairs + start + j];
+                for (int64_t j = 0; j < count; ++j) row[start + j] += run[j];
+            }
+        }
         for (int64_t j = 0; j < i; ++j) out[(group * k + j) * k + i] = row[j];
     });
 }

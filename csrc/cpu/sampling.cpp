@@ -7,6 +7,7 @@
 // With at least as many rows as threads a row is one thread's; the rest of the rows are split over all threads.
 #include "cpu/sampling.h"
 
+#include "core/guided.h"
 #include "core/philox.h"
 #include "core/sampling_weight.h"
 #include "cpu/convert.h"
@@ -23,7 +24,6 @@ constexpr int64_t kChunk = 4096;  // tokens per task and per partial mass
 constexpr int64_t kBlock = 64;    // tokens per maximum: what a filter can skip
 constexpr int kBins = 1024;       // 64 octaves of weight, 1/16 octave each; then 10 bits of key at a time
 constexpr int kCopies = 4;        // histogram copies, so that neighbours in one bin do not wait for each other
-constexpr float kMinusInfinity = -__builtin_inff();
 
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -60,23 +60,6 @@ static inline Scratch carve(void* memory, int64_t vocab, int slot, int threads) 
 }
 
 // ---- 1. combine
-
-// z + w * g for w > 0: where either is -inf the token is masked.
-static inline float guided_toward(float z, float g, float w) {
-    const float sum = add_rn(z, mul_rn(w, g));
-    return (z == kMinusInfinity) | (g == kMinusInfinity) ? kMinusInfinity : sum;
-}
-
-// z + w * g for w < 0: an infinite guide logit is NaN, an error of the row, unless the token is masked.
-static inline float guided_away(float z, float g, float w) {
-    const bool infinite = (float_bits(g) & 0x7fffffffu) == 0x7f800000u;
-    const float sum = add_rn(z, mul_rn(w, infinite ? __builtin_nanf("") : g));
-    return z == kMinusInfinity ? kMinusInfinity : sum;
-}
-
-static inline float guided(float z, float g, float w) {
-    return w > 0.0f ? guided_toward(z, g, w) : guided_away(z, g, w);
-}
 
 // The logits of a chunk as fp32: in place where they are fp32, else converted into `buffer`.
 static inline const float* as_float(const void* data, DType dtype, int64_t offset, int64_t n, float* buffer) {
@@ -533,8 +516,6 @@ static inline int64_t find_best(const Scratch& s, int32_t best) {
     return token;
 }
 
-static inline bool finite_number(float x) { return (float_bits(x) & 0x7fffffffu) < 0x7f800000u; }
-
 // A row is bad when it has no distribution or an argument is out of range; Python words the error.
 static inline bool sample_row(const SampleArgs& a, int64_t row, const Scratch& s, int threads) {
     const LogitsArgs& logits = a.logits;
@@ -543,9 +524,7 @@ static inline bool sample_row(const SampleArgs& a, int64_t row, const Scratch& s
     const float* guidance = a.guidance + row * a.guidance_row_stride;
     a.tokens[row] = -1;
     if (a.logprobs != nullptr) a.logprobs[row] = __builtin_nanf("");
-    if (!(temperature >= 0.0f) || !finite_number(temperature) || !(top_p >= 0.0f && top_p <= 1.0f) ||
-        !(min_p >= 0.0f && min_p <= 1.0f) || top_k < 0 || a.seed[row] < 0 || a.offset[row] < 0)
-        return false;
+    if (!valid_parameters(temperature, top_p, min_p, top_k, a.seed[row], a.offset[row])) return false;
     for (int64_t guide = 0; guide < logits.guides; ++guide)
         if (!finite_number(guidance[guide * a.guidance_stride])) return false;
 

@@ -1,0 +1,265 @@
+"""The ops on a GPU beside their peers: kernel time in a CUDA graph, cold and warm L2, and what the memory allows.
+
+python -m benchmarks.gpu [--json FILE] [--family sampling|topm|projection]
+
+Every case checks its answer before it is timed. ``floor`` is the bytes that must move over the bandwidth of a large
+copy measured in the same run; ``cold`` overwrites the L2 before every run, ``warm`` does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+from prosocial_ext import ops, peers
+
+RUNS = 50
+
+
+@dataclass
+class Case:
+    """One measured case; times in microseconds, peers by name (a text where one could not run)."""
+
+    family: str
+    case: str
+    bytes: int
+    cold: float
+    cold_low: float
+    cold_high: float
+    warm: float
+    floor: float
+    peers: dict[str, float | str] = field(default_factory=dict)
+
+    def line(self) -> str:
+        """One aligned line."""
+        text = (
+            f"{self.family:<11}{self.case:<42}{self.cold:10.1f} us ({self.cold_low:.1f}..{self.cold_high:.1f}) "
+            f"warm {self.warm:.1f}  {self.cold / self.floor:6.2f} x floor ({self.floor:.1f})"
+        )
+        for name, time in self.peers.items():
+            text += f"  {name} {time if isinstance(time, str) else f'{time / self.cold:.1f}x'}"
+        return text
+
+
+class Clock:
+    """Times graphs of calls with events, on one device."""
+
+    def __init__(self) -> None:
+        self.flush = torch.empty(512 << 20, dtype=torch.uint8, device="cuda")  # several times any L2
+        source, target = (torch.empty(1 << 30, dtype=torch.int32, device="cuda") for _ in range(2))
+        seconds = self.median(self.events(lambda: target.copy_(source), cold=False)) * 1e-6
+        self.bandwidth = 2 * source.numel() * 4 / seconds
+
+    def events(self, run: Callable[[], object], cold: bool, runs: int = RUNS) -> list[float]:
+        """Microseconds of each run."""
+        marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(runs)]
+        for start, end in marks:
+            if cold:
+                self.flush.fill_(1)
+            start.record()
+            run()
+            end.record()
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) * 1e3 for start, end in marks]
+
+    @staticmethod
+    def median(times: list[float]) -> float:
+        """The median."""
+        return statistics.median(times)
+
+    def graph(self, call: Callable[[], object]) -> Callable[[], object]:
+        """The call as a graph's replay."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                call()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        return graph.replay
+
+    def peer(self, call: Callable[[], object], graphed: bool = True, runs: int = 20) -> float | str:
+        """A peer's cold median, in a graph where it can be captured, eagerly otherwise; or why there is none."""
+        try:
+            call()
+            try:
+                run = self.graph(call) if graphed else call
+            except RuntimeError:
+                torch.cuda.synchronize()
+                run = call
+            return self.median(self.events(run, cold=True, runs=runs))
+        except (RuntimeError, ImportError) as error:
+            return f"({type(error).__name__})"
+
+    def case(
+        self, family: str, name: str, nbytes: int, call: Callable[[], object], others: dict[str, Callable[[], object]]
+    ) -> Case:
+        """Time one call and its peers."""
+        run = self.graph(call)
+        cold, warm = sorted(self.events(run, cold=True)), self.events(run, cold=False)
+        found = {peer: self.peer(other) for peer, other in others.items()}
+        tenth = len(cold) // 10
+        return Case(
+            family, name, nbytes, self.median(cold), cold[tenth], cold[-1 - tenth], self.median(warm),
+            nbytes / self.bandwidth * 1e6, found,
+        )  # fmt: skip
+
+
+# ---- K3
+
+
+def flashinfer(base: torch.Tensor, guide: torch.Tensor, top_k: int, top_p: float) -> Callable[[], object]:
+    """Combination by torch, sampling by FlashInfer, filters in the same order."""
+    sampling = importlib.import_module("flashinfer.sampling")
+
+    def call() -> object:
+        logits = base.float() + guide.float()
+        if not top_k and top_p == 1:
+            return sampling.sampling_from_logits(logits)
+        return sampling.top_k_top_p_sampling_from_logits(
+            logits, top_k or logits.shape[1], top_p, filter_apply_order="top_k_first"
+        )
+
+    return call
+
+
+def sampling_cases(clock: Clock) -> Iterator[Case]:
+    """B = 1 and 32 at the vocabulary of Llama 3."""
+    vocab = 128_256
+    compiled = torch.compile(peers.sampling_chain)
+    for dtype in (torch.bfloat16, torch.float32):
+        for rows in (1, 32):
+            generator = torch.Generator(device="cuda").manual_seed(0)
+            base, guide = (
+                (torch.randn(rows, vocab, device="cuda", generator=generator) * scale).to(dtype) for scale in (3, 2)
+            )
+            for name, top_k, top_p in (
+                ("no filter", 0, 1.0),
+                ("top-p 0.95", 0, 0.95),
+                ("top-k 50 top-p 0.95", 50, 0.95),
+            ):
+                call = partial(ops.guided_sample, base, guide, top_k=top_k, top_p=top_p, seed=7)
+                expected = ops.guided_sample(base.cpu(), guide.cpu(), top_k=top_k, top_p=top_p, seed=7)
+                assert torch.equal(call().cpu(), expected)
+                others: dict[str, Callable[[], object]] = {
+                    "torch": partial(peers.sampling_chain, base, guide, top_k, top_p),
+                    "torch.compile": partial(compiled, base, guide, top_k, top_p),
+                }
+                with contextlib.suppress(ImportError):
+                    others["FlashInfer"] = flashinfer(base, guide, top_k, top_p)
+                nbytes = 2 * base.numel() * base.element_size()
+                yield clock.case("sampling", f"{str(dtype)[6:]} B={rows} {name}", nbytes, call, others)
+
+
+# ---- K1
+
+
+def dense(params: torch.Tensor, base: torch.Tensor, tuned: torch.Tensor) -> None:
+    """The same bytes without a selection: what inductor makes of it is one pass."""
+    params.sub_(((tuned.float() - base.float()) * 1e-6).to(params.dtype))
+
+
+def topm_cases(clock: Clock) -> Iterator[Case]:
+    """1e7 to 1e9 entries of bf16."""
+    axpy = torch.compile(dense)
+    for n in (10_000_000, 100_000_000, 1_000_000_000):
+        if 8 * n > torch.cuda.mem_get_info()[0]:
+            continue
+        generator = torch.Generator(device="cuda").manual_seed(0)
+        base = torch.randn(n, device="cuda", generator=generator, dtype=torch.bfloat16) * 0.05
+        tuned = base + torch.randn(n, device="cuda", generator=generator, dtype=torch.bfloat16) * 1e-3
+        params = base.clone()
+        for density in (0.10, 0.01):
+            for undo in (False, True):
+                options = {"density": density, "scale": 1e-6, "undo": undo, "check_finite": False}
+                call = partial(ops.topm_subtract_, params, base, tuned, **options)
+                m = math.floor(density * n)
+                assert int(call().kept.sum()) == m
+                others: dict[str, Callable[[], object]] = {}
+                if not undo:
+                    others["dense pass"] = partial(axpy, params, base, tuned)
+                if not undo and n <= 100_000_000:
+                    others["kthvalue"] = partial(peers.kthvalue_subtract_, params, base, tuned, m, 1e-6)
+                name = f"bfloat16 N={n:.0e} d={density}{' undo' if undo else ''}"
+                yield clock.case("topm", name, 8 * n, call, others)
+
+
+# ---- K2
+
+
+def gram_space(grads: torch.Tensor) -> torch.Tensor:
+    """A careful user's form without the recurrence: Gram matrix and combination by cuBLAS."""
+    weights = (grads @ grads.T).sum(0)
+    return weights @ grads
+
+
+def projection_cases(clock: Clock) -> Iterator[Case]:
+    """k = 5 to 64."""
+    for k, n, dtype in (
+        (5, 900_000, torch.float32),
+        (5, 20_000_000, torch.float32),
+        (5, 20_000_000, torch.bfloat16),
+        (5, 100_000_000, torch.float32),
+        (16, 20_000_000, torch.float32),
+        (64, 5_000_000, torch.float32),
+        (64, 5_000_000, torch.bfloat16),
+    ):
+        grads = torch.randn(k, n, device="cuda", generator=torch.Generator(device="cuda").manual_seed(0)).to(dtype)
+        head = grads[:, :10_000]
+        expected = ops.project_conflicts(head.cpu()).double()
+        slack = 1e-5 if dtype == torch.float32 else 2.0**-8
+        error = (ops.project_conflicts(head).cpu().double() - expected).norm()
+        assert float(error) <= slack * float(head.double().norm(dim=1).sum())
+        others: dict[str, Callable[[], object]] = {"cuBLAS, no surgery": partial(gram_space, grads)}
+        if k == 5:
+            others["pairwise loop"] = partial(peers.pairwise_pcgrad, grads)
+        nbytes = (2 * k + 1) * n * grads.element_size()
+        name = f"{str(dtype)[6:]} k={k} N={n:.0e}"
+        yield clock.case("projection", name, nbytes, partial(ops.project_conflicts, grads), others)
+
+
+FAMILIES = {"sampling": sampling_cases, "topm": topm_cases, "projection": projection_cases}
+
+
+def main() -> None:
+    """Measure, print, and write JSON after every case, so that what is done is kept."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", help="write the results to this file")
+    parser.add_argument("--family", choices=sorted(FAMILIES))
+    arguments = parser.parse_args()
+    clock = Clock()
+    card = torch.cuda.get_device_properties(0)
+    found: dict[str, Any] = {
+        "card": card.name,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "copy_bytes_per_second": clock.bandwidth,
+        "runs": RUNS,
+        "rows": [],
+    }
+    print(f"{card.name}, torch {torch.__version__} | median of {RUNS}, 10..90 % | floor = bytes / "
+          f"{clock.bandwidth / 1e12:.2f} TB/s copied in this run | peers: times ours", flush=True)  # fmt: skip
+    for name, cases in FAMILIES.items():
+        if arguments.family in (None, name):
+            for case in cases(clock):
+                print(case.line(), flush=True)
+                found["rows"].append(asdict(case))
+                if arguments.json:
+                    with open(arguments.json, "w", encoding="utf-8") as file:
+                        json.dump(found, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+#include <pybind11/stl.h>
+
+#include <tuple>
+
+#include "bindings/cuda.h"
+#include "cuda/sampling.h"
+
+namespace py = pybind11;
+
+namespace pse {
+namespace {
+
+// (address, dtype tag, guide stride, row stride) of the base (guide stride unused) and of the stacked guides.
+using CudaView = std::tuple<uintptr_t, int, int64_t, int64_t>;
+
+cuda::Logits cuda_logits(const CudaView& base, const CudaView& guide, int64_t guides, int64_t rows, int64_t vocab) {
+    cuda::Logits logits;
+    logits.base = pointer(std::get<0>(base));
+    logits.base_dtype = DType(std::get<1>(base));
+    logits.base_stride = std::get<3>(base);
+    logits.guide = pointer(std::get<0>(guide));
+    logits.guide_dtype = DType(std::get<1>(guide));
+    logits.guide_stride = std::get<2>(guide);
+    logits.guide_row_stride = std::get<3>(guide);
+    logits.guides = guides;
+    logits.rows = rows;
+    logits.vocab = vocab;
+    return logits;
+}
+
+}  // namespace
+}  // namespace pse
+
+void pse::register_cuda_sampling(py::module_& m) {
+    m.def("sampling_scratch_bytes", &cuda::sampling_scratch_bytes, py::arg("rows"), py::arg("vocab"),
+          py::arg("filters"), py::arg("threads"),
+          "device scratch that the launchers below need (csrc/cuda/sampling.h)");
+    m.def(
+        "guided_sample",
+        [](const CudaView& base, const CudaView& guide, int64_t guides, int64_t rows, int64_t vocab, float guidance,
+           float temperature, int64_t top_k, float top_p, float min_p, int64_t seed, int64_t offset, bool filters,
+           uintptr_t tokens, uintptr_t scratch, int threads, int device, uintptr_t stream) {
+            cuda::SampleArgs args = {};
+            args.logits = cuda_logits(base, guide, guides, rows, vocab);
+            args.same = {guidance, temperature, top_p, min_p, top_k, seed, offset};
+            args.row_in_counter = true;
+            args.filters = filters;
+            args.tokens = pointer<int64_t>(tokens);
+            args.scratch = pointer(scratch);
+            args.threads = threads;
+            return cuda::guided_sample(args, device, pointer(stream));
+        },
+        py::arg("base"), py::arg("guide"), py::arg("guides"), py::arg("rows"), py::arg("vocab"), py::arg("guidance"),
+        py::arg("temperature"), py::arg("top_k"), py::arg("top_p"), py::arg("min_p"), py::arg("seed"),
+        py::arg("offset"), py::arg("filters"), py::arg("tokens"), py::arg("scratch"), py::arg("threads"),
+        py::arg("device"), py::arg("stream"), "one set of parameters for all rows (csrc/cuda/sampling.h)");
+    m.def(
+        "guided_sample_rows",
+        [](const CudaView& base, const CudaView& guide, int64_t guides, int64_t rows, int64_t vocab, uintptr_t knobs,
+           uintptr_t counters, bool row_in_counter, uintptr_t words, uintptr_t tokens, uintptr_t logprobs,
+           uintptr_t scratch, int threads, int device, uintptr_t stream) {
+            cuda::SampleArgs args = {};
+            args.logits = cuda_logits(base, guide, guides, rows, vocab);
+            args.knobs = pointer<const float>(knobs);
+            args.counters = pointer<const int64_t>(counters);
+            args.row_in_counter = row_in_counter;
+            args.filters = true;  // what the rows ask for is on the device
+            args.words = pointer<const uint64_t>(words);
+            args.tokens = pointer<int64_t>(tokens);
+            args.logprobs = pointer<float>(logprobs);
+            args.scratch = pointer(scratch);
+            args.threads = threads;
+            return cuda::guided_sample(args, device, pointer(stream));
+        },
+        py::arg("base"), py::arg("guide"), py::arg("guides"), py::arg("rows"), py::arg("vocab"), py::arg("knobs"),
+        py::arg("counters"), py::arg("row_in_counter"), py::arg("words"), py::arg("tokens"), py::arg("logprobs"),
+        py::arg("scratch"), py::arg("threads"), py::arg("device"), py::arg("stream"),
+        "parameters per row: fp32 knobs [rows, 3 + guides], int64 counters [rows, 3]; words [rows] replace the draw");
+    m.def(
+        "guided_logprobs",
+        [](const CudaView& base, const CudaView& guide, int64_t guides, int64_t rows, int64_t vocab, int64_t columns,
+           uintptr_t knobs, uintptr_t out, uintptr_t scratch, int threads, int device, uintptr_t stream) {
+            cuda::LogprobArgs args = {};
+            args.logits = cuda_logits(base, guide, guides, rows, vocab);
+            args.knobs = pointer<const float>(knobs);
+            args.out = pointer<float>(out);
+            args.columns = columns;
+            args.scratch = pointer(scratch);
+            args.threads = threads;
+            return cuda::guided_logprobs(args, device, pointer(stream));
+        },
+        py::arg("base"), py::arg("guide"), py::arg("guides"), py::arg("rows"), py::arg("vocab"), py::arg("columns"),
+        py::arg("knobs"), py::arg("out"), py::arg("scratch"), py::arg("threads"), py::arg("device"), py::arg("stream"),
+        "fp32 log-probs [rows, columns]; fp32 knobs [rows, 1 + guides] (csrc/cuda/sampling.h)");
+}

@@ -1,0 +1,698 @@
+// Gram-space PCGrad on CUDA, step for step what csrc/cpu/projection.cpp does, and its bits.
+// Bytes  reads 2kN elements, writes N, however many projections happen: k = 5 in fp32 is 44 N bytes.
+// Floor  N = 2e7, k = 5, fp32: 880 MB, 207 us at 4.25 TB/s.
+// Story  1 gram     partial sums of all pairs per block of kGramBlock columns, in fp64, in the order of
+//                   core/gram_order.h. Few objectives: a thread is one lane of one block and holds every pair in
+//                   registers. Many, or few blocks: rows staged in shared memory, kTile x kTile pairs a thread.
+//        2 join     the last block of a run adds its blocks up, the last run of the group its runs.
+//        3 recur    k-vectors in fp64 (core/pcgrad.h): coefficients of the projections, then of their sum.
+//        4 combine  out = sum_j c_j g_j in fp64, j ascending, unfused, rounded once; last columns first, which the
+//                   Gram pass has left in the L2.
+//        Up to kInline objectives 1 to 3 are one launch, joined by last_block(); beyond, joining k^2 / 2 sums and k^2
+//        steps of the recurrence would be too long for one block, and 2 and 3 are launches of their own.
+// Order  is fixed by N and k alone, never by the grid: no atomics on floats, the same bits on every device.
+// Bad    a squared norm that takes part and is not finite, or a weight that is not finite and >= 0: the group's flag is
+//        false and its output NaN. Nothing is read back.
+#include "cuda/projection.h"
+
+#include "core/gram_order.h"
+#include "cuda/simt.cuh"
+
+namespace pse {
+namespace cuda {
+
+using namespace simt;
+using namespace PSE_ISA;
+
+constexpr int kLanes = int(kGramLanes);
+constexpr int64_t kRegisterRows = 12;  // 78 sums are 156 registers: 8 warps on a processor, and enough loads in flight
+constexpr int kRegisterThreads = 64;   // 8 blocks of columns: small, so that N = 2e7 still spreads over 132 processors
+// Below this many blocks, 8 threads each are too few to keep memory busy: a whole thread block takes each instead.
+constexpr int64_t kFewBlocks = 1024;
+constexpr int64_t kInline = 16;   // objectives whose join and recurrence one block does in passing: 136 pairs
+constexpr int kAnyOccupancy = 1;  // blocks per processor to compile for: left to itself, ptxas spills to fit one more
+constexpr int kJoinThreads = 256;
+constexpr int kRecurThreads = 128;
+constexpr int kCombineThreads = 256;
+
+// Everything the kernels see.
+struct Arrays {
+    int64_t dense;  // address of [groups, k, n], or 0
+    Global<const int64_t> table;
+    int64_t tensors, groups, k, n, blocks, runs, pairs, tickets_per_group;
+    DType dtype;
+    Global<double> partials;   // [groups, blocks, pairs]
+    Global<double> run_sums;   // [groups, runs, pairs]
+    Global<uint32_t> tickets;  // [groups, tickets_per_group]: one per run or per chunk of pairs, the last the group's
+    Global<double> gram;       // [groups, k, k]
+    bool project;              // else the Gram matrix is all that is wanted
+    Global<const double> weights;
+    Global<const uint16_t> order;
+    uint64_t seed;
+    ProjectionOrder mode;
+    bool mean;
+    Global<double> projected;      // [groups, k, k]
+    Global<uint8_t> finite;        // [groups]
+    Global<double> coefficients;   // [groups, k] of the objectives that take part
+    Global<int32_t> active;        // [groups, k]: those objectives
+    Global<int32_t> active_count;  // [groups]
+    int64_t out;                   // address of [groups, n], or 0
+};
+
+PSE_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
+PSE_DEVICE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+PSE_HD int64_t divide_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit; }
+
+PSE_DEVICE double widened(float x) { return double(x); }
+PSE_DEVICE double widened(double x) { return x; }
+PSE_DEVICE double widened(f16_t x) { return double(f16_to_float(x.bits)); }
+PSE_DEVICE double widened(bf16_t x) { return double(bf16_to_float(x.bits)); }
+
+PSE_DEVICE void round_to(double x, float& out) { out = float(x); }
+PSE_DEVICE void round_to(double x, double& out) { out = x; }
+PSE_DEVICE void round_to(double x, f16_t& out) { out.bits = float_to_f16(float(x)); }
+PSE_DEVICE void round_to(double x, bf16_t& out) { out.bits = float_to_bf16(float(x)); }
+
+// ---- where a block of columns lies
+
+struct Piece {
+    int64_t tensor;
+    int64_t start;  // within the tensor
+    int64_t size;   // of the tensor
+    int count;
+    DType dtype;
+};
+
+PSE_DEVICE Piece piece_of(const Arrays& a, int64_t block_of_columns) {
+    Piece piece = {0, block_of_columns * kGramBlock, a.n, 0, a.dtype};
+    if (a.table != nullptr) {
+        const int64_t counts = (a.k + 1) * a.tensors, dtypes = counts + a.tensors, first_block = dtypes + a.tensors;
+        int64_t low = 0, high = a.tensors;  // first_block[low] <= block < first_block[high]
+        while (high - low > 1) {
+            const int64_t middle = (low + high) / 2;
+            (load(a.table, first_block + middle) <= block_of_columns ? low : high) = middle;
+        }
+        piece.tensor = low;
+        piece.start = (block_of_columns - load(a.table, first_block + low)) * kGramBlock;
+        piece.size = load(a.table, counts + low);
+        piece.dtype = DType(load(a.table, dtypes + low));
+    }
+    piece.count = int(smaller(kGramBlock, piece.size - piece.start));
+    return piece;
+}
+
+// Address of a row's first element within the piece.
+PSE_DEVICE int64_t row_address(const Arrays& a, const Piece& piece, int64_t group, int64_t objective) {
+    const int64_t row = a.table != nullptr ? load(a.table, objective * a.tensors + piece.tensor)
+                                           : a.dense + (group * a.k + objective) * a.n * dtype_size(piece.dtype);
+    return row + piece.start * dtype_size(piece.dtype);
+}
+PSE_DEVICE int64_t out_address(const Arrays& a, const Piece& piece, int64_t group) {
+    const int64_t row = a.table != nullptr ? load(a.table, a.k * a.tensors + piece.tensor)
+                                           : a.out + group * a.n * dtype_size(piece.dtype);
+    return row + piece.start * dtype_size(piece.dtype);
+}
+
+// ---- 3. recur
+
+template <class Order>
+PSE_DEVICE void fill_order(const Arrays& a, int64_t group, int objective, Order order) {
+    const int others = int(a.k) - 1;
+    if (a.mode == ProjectionOrder::random) return draw_order(a.seed, uint64_t(group), objective, a.k, order);
+    for (int n = 0; n < others; ++n)
+        order[n] = a.mode == ProjectionOrder::given ? int32_t(load(a.order, int64_t(objective) * others + n))
+                                                    : (n < objective ? n : n + 1);
+}
+
+// A factor of exactly 1 changes no bit: without weights the sums are those of the core's null pointer.
+PSE_DEVICE double weight_of(const Arrays& a, int64_t group, int objective) {
+    return a.weights != nullptr ? load(a.weights, group * a.k + objective) : 1.0;
+}
+
+// Coefficients of the result, of the objectives that take part and packed, and the group's flag. By the whole block.
+template <class Projected>
+PSE_DEVICE void combine_projected(const Arrays& a, int64_t group, Shared<double> weights, Shared<double> squared_norms,
+                                  Projected projected) {
+    const int k = int(a.k);
+    for (int m = thread(); m < k; m += threads()) {
+        int place = 0, count = 0;
+        bool finite = true;
+        for (int i = 0; i < k; ++i) {
+            const double weight = load(weights, i), norm = load(squared_norms, i);
+            const bool part = weight != 0.0;
+            place += part && i < m;
+            count += part;
+            finite = finite && (!part || (weight - weight == 0.0 && weight > 0.0 && norm - norm == 0.0));
+        }
+        if (m == 0) {
+            store(a.finite, group, uint8_t(finite));
+            store(a.active_count, group, int32_t(count));
+        }
+        if (load(weights, m) == 0.0) continue;
+        store(a.active, group * k + place, int32_t(m));
+        store(a.coefficients, group * k + place,
+              combined_coefficient(projected, elements(weights), m, int64_t(k), a.mean));
+    }
+}
+
+// Few objectives: a thread each, in the block that has joined the Gram matrix.
+PSE_DEVICE void recur_inline(const Arrays& a, int64_t group) {
+    PSE_SHARED(double, gram, kInline* kInline);
+    PSE_SHARED(double, projected, kInline* kInline);
+    PSE_SHARED(double, weights, kInline);
+    PSE_SHARED(double, squared_norms, kInline);
+    PSE_SHARED(int32_t, order, kInline* kInline);
+    const int k = int(a.k);
+    for (int e = thread(); e < k * k; e += threads()) {
+        const double dot = load(a.gram, group * k * k + e);
+        store(gram, e, dot);
+        if (e % (k + 1) == 0) store(squared_norms, e / (k + 1), dot);
+    }
+    for (int i = thread(); i < k; i += threads()) store(weights, i, weight_of(a, group, i));
+    sync_block();
+    for (int i = thread(); i < k; i += threads()) {
+        fill_order(a, group, i, elements(order + i * k));
+        project_objective(elements(gram), elements(weights), elements(order + i * k), i, int64_t(k),
+                          elements(projected + i * k));
+    }
+    sync_block();
+    for (int e = thread(); e < k * k; e += threads()) store(a.projected, group * k * k + e, load(projected, e));
+    combine_projected(a, group, weights, squared_norms, elements(projected));
+}
+
+// Many: a block each. Its threads fetch a row of the Gram matrix per step; the dot is one chain by definition.
+PSE_KERNEL(kRecurThreads) recur_objective(Arrays a) {
+    PSE_SHARED(double, weights, kMostObjectives);
+    PSE_SHARED(double, squared_norms, kMostObjectives);
+    PSE_SHARED(double, row, kMostObjectives);
+    PSE_SHARED(double, coefficients, kMostObjectives);
+    PSE_SHARED(int32_t, order, kMostObjectives);
+    const int k = int(a.k);
+    const int64_t group = block() / k;
+    const int objective = int(block() % k);
+    const Global<double> gram = a.gram + group * k * k;
+    for (int m = thread(); m < k; m += kRecurThreads) {
+        store(weights, m, weight_of(a, group, m));
+        store(squared_norms, m, load(gram, int64_t(m) * k + m));
+        store(coefficients, m, m == objective ? 1.0 : 0.0);
+    }
+    if (thread() == 0) fill_order(a, group, objective, elements(order));
+    sync_block();
+    for (int step = 0; step < k - 1 && load(weights, objective) != 0.0; ++step) {
+        const int j = load(order, step);
+        if (load(weights, j) == 0.0 || !(load(squared_norms, j) > 0.0)) continue;
+        for (int m = thread(); m < k; m += kRecurThreads) store(row, m, load(gram, int64_t(j) * k + m));
+        sync_block();
+        if (thread() == 0) {
+            const double dot = dot_of(elements(coefficients), elements(row), int64_t(k));
+            store(coefficients, j, without_conflict(load(coefficients, j), dot, load(squared_norms, j)));
+        }
+        sync_block();
+    }
+    for (int m = thread(); m < k; m += kRecurThreads)
+        store(a.projected, (group * k + objective) * k + m, load(coefficients, m));
+    if (!last_block(a.tickets, (group + 1) * a.tickets_per_group - 1, uint32_t(k))) return;
+    combine_projected(a, group, weights, squared_norms, elements(a.projected + group * k * k));
+}
+
+// ---- 2. join
+
+// A column of sums, in order from 0. Sixteen loads at a time wait for memory once.
+PSE_DEVICE double sum_in_order(Global<const double> sums, int64_t first, int64_t count, int64_t stride) {
+    constexpr int kAtOnce = 16;
+    double sum = 0.0;
+    int64_t i = 0;
+    for (; i + kAtOnce <= count; i += kAtOnce) {
+        double part[kAtOnce];
+        PSE_UNROLL
+        for (int u = 0; u < kAtOnce; ++u) part[u] = load(sums, first + (i + u) * stride);
+        PSE_UNROLL
+        for (int u = 0; u < kAtOnce; ++u) sum = add_rn(sum, part[u]);
+    }
+    for (; i < count; ++i) sum = add_rn(sum, load(sums, first + i * stride));
+    return sum;
+}
+
+PSE_DEVICE void join_run(const Arrays& a, int64_t group, int64_t run, int64_t pair) {
+    const int64_t first = run * kGramRun, count = smaller(kGramRun, a.blocks - first);
+    store(a.run_sums, (group * a.runs + run) * a.pairs + pair,
+          sum_in_order(a.partials, (group * a.blocks + first) * a.pairs + pair, count, a.pairs));
+}
+
+PSE_DEVICE void join_runs(const Arrays& a, int64_t group, int64_t pair) {
+    int64_t i = 0;
+    while (pairs_of(i + 1) <= pair) ++i;
+    const int64_t j = pair - pairs_of(i);
+    const double sum = sum_in_order(a.run_sums, group * a.runs * a.pairs + pair, a.runs, a.pairs);
+    store(a.gram, (group * a.k + i) * a.k + j, sum);
+    store(a.gram, (group * a.k + j) * a.k + i, sum);
+}
+
+// The end of a thread block that has added its share of a run: `shares` of them make the run.
+PSE_DEVICE void join_inline(const Arrays& a, int64_t group, int64_t run, int64_t shares) {
+    if (!last_block(a.tickets, group * a.tickets_per_group + run, uint32_t(shares))) return;
+    for (int64_t pair = thread(); pair < a.pairs; pair += threads()) join_run(a, group, run, pair);
+    if (a.runs > 1 && !last_block(a.tickets, (group + 1) * a.tickets_per_group - 1, uint32_t(a.runs))) return;
+    for (int64_t pair = thread(); pair < a.pairs; pair += threads()) join_runs(a, group, pair);
+    if (!a.project) return;
+    sync_block();
+    recur_inline(a, group);
+}
+
+PSE_KERNEL(kJoinThreads) join_pairs(Arrays a) {
+    const int64_t chunks = divide_up(a.pairs, kJoinThreads), chunk = block() % chunks;
+    const int64_t run = block() / chunks % a.runs, group = block() / chunks / a.runs;
+    const int64_t pair = chunk * kJoinThreads + thread();
+    if (pair < a.pairs) join_run(a, group, run, pair);
+    if (!last_block(a.tickets, group * a.tickets_per_group + chunk, uint32_t(a.runs))) return;
+    if (pair < a.pairs) join_runs(a, group, pair);
+}
+
+// ---- 1. gram, all pairs in registers
+
+template <int kRows, class T>
+PSE_DEVICE void add_columns(const Arrays& a, const Piece& piece, int64_t group, int lane_of_block, double* sum) {
+    constexpr bool kExact = sizeof(T) < 8;
+    // Loads in flight per thread: enough bytes for 9 warps on a processor, within the registers that the sums leave.
+    constexpr int kSteps = (kRows <= 2   ? 16
+                            : kRows == 3 ? 12
+                            : kRows <= 5 ? 8
+                            : kRows <= 9 ? 4
+                                         : 2) /
+                           (sizeof(T) < 8 ? 1 : 2);
+    Global<const T> rows[kRows];
+    PSE_UNROLL
+    for (int i = 0; i < kRows; ++i)
+        rows[i] = global<const T>(row_address(a, piece, group, i), piece.count) + lane_of_block;
+    const int steps = (piece.count - lane_of_block + kLanes - 1) / kLanes;
+    const auto add = [&](const T* raw) {
+        double x[kRows];
+        PSE_UNROLL
+        for (int i = 0; i < kRows; ++i) {
+            x[i] = widened(raw[i]);
+            PSE_UNROLL
+            for (int j = 0; j <= i; ++j)
+                sum[i * (i + 1) / 2 + j] = add_product<kExact>(sum[i * (i + 1) / 2 + j], x[i], x[j]);
+        }
+    };
+    int step = 0;
+    for (; step + kSteps <= steps; step += kSteps) {
+        T raw[kSteps][kRows];
+        PSE_UNROLL
+        for (int s = 0; s < kSteps; ++s) PSE_UNROLL
+        for (int i = 0; i < kRows; ++i) raw[s][i] = load(rows[i], (step + s) * kLanes);
+        PSE_UNROLL
+        for (int s = 0; s < kSteps; ++s) add(raw[s]);
+    }
+    for (; step < steps; ++step) {
+        T raw[kRows];
+        PSE_UNROLL
+        for (int i = 0; i < kRows; ++i) raw[i] = load(rows[i], step * kLanes);
+        add(raw);
+    }
+}
+
+// join_lanes() for 8 neighbouring threads, a lane each: every one of them gets the result.
+PSE_DEVICE double join_lanes_of_threads(double x) {
+    x = add_rn(x, shuffle_xor(x, 4));
+    x = add_rn(x, shuffle_xor(x, 2));
+    return add_rn(x, shuffle_xor(x, 1));
+}
+
+template <int kRows>
+PSE_KERNEL(kRegisterThreads, kAnyOccupancy)
+gram_registers(Arrays a) {
+    constexpr int kPairs = kRows * (kRows + 1) / 2, kShare = kRegisterThreads / kLanes;
+    const int64_t shares = divide_up(a.blocks, kShare), group = block() / shares, share = block() % shares;
+    const int64_t block_of_columns = share * kShare + thread() / kLanes;
+    const int lane_of_block = thread() % kLanes;
+    double sum[kPairs];
+    PSE_UNROLL
+    for (int p = 0; p < kPairs; ++p) sum[p] = 0.0;
+    if (block_of_columns < a.blocks) {
+        const Piece piece = piece_of(a, block_of_columns);
+        switch (piece.dtype) {
+            case DType::f32: add_columns<kRows, float>(a, piece, group, lane_of_block, sum); break;
+            case DType::f64: add_columns<kRows, double>(a, piece, group, lane_of_block, sum); break;
+            case DType::f16: add_columns<kRows, f16_t>(a, piece, group, lane_of_block, sum); break;
+            case DType::bf16: add_columns<kRows, bf16_t>(a, piece, group, lane_of_block, sum); break;
+        }
+    }
+    const int64_t partial = (group * a.blocks + block_of_columns) * kPairs;
+    PSE_UNROLL
+    for (int p = 0; p < kPairs; ++p) {
+        const double joined = join_lanes_of_threads(sum[p]);
+        if (block_of_columns < a.blocks && lane_of_block == p % kLanes) store(a.partials, partial + p, joined);
+    }
+    const int64_t run = share * kShare / kGramRun;
+    join_inline(a, group, run, smaller(kGramRun / kShare, shares - run * (kGramRun / kShare)));
+}
+
+// ---- 1. gram, tiles of pairs over rows staged in shared memory
+
+// kThreads threads take kSuper rows against kSuper rows of one block of columns, kColumns at a time.
+template <int tile, int super, int columns, int threads>
+struct TileShape {
+    static constexpr int kTile = tile;  // kTile^2 sums in registers for 2 kTile loads from shared memory
+    static constexpr int kSuper = super;
+    static constexpr int kColumns = columns;
+    static constexpr int kThreads = threads;
+    static constexpr int kSide = super / tile;
+    static constexpr bool kOneSuper = super <= kInline;  // all rows at once, and the join in the same launch
+    static constexpr int kStaged = kOneSuper ? super : 2 * super;
+    // Rows of 8 lanes, one row free behind each tile, an odd number in all: tiles, and steps, then meet in other banks.
+    static constexpr int kStride = (kStaged + kStaged / tile) | 1;
+    static constexpr int kSlab = columns / kLanes * kStride * kLanes;
+    static constexpr int kFetched = kStaged * columns / threads;  // values per thread and slab
+    static_assert(kStaged * columns % threads == 0, "every thread fetches as many");
+    static_assert((kOneSuper ? kSide * (kSide + 1) / 2 : kSide * kSide) * kLanes <= threads,
+                  "a thread per tile and lane");
+    static_assert(kSlab * 8 <= 40 << 10, "static shared memory");
+};
+using FewBlocks = TileShape<2, 12, 64, 192>;  // short chains: 4 sums a thread
+using FewRows = TileShape<8, 16, 32, 32>;     // 24 of 32 threads, 128 registers of sums; no barrier beyond the warp's
+using ManyRows = TileShape<8, 32, 32, 128>;   // k^2 / 2048 super tiles, each of which reads its rows again (L2)
+
+struct Tile {
+    int left, right;  // rows in the slab
+    bool active;
+};
+
+template <class Shape>
+PSE_DEVICE int64_t slab_index(int row, int column) {
+    return (column / kLanes * Shape::kStride + row + row / Shape::kTile) * kLanes + column % kLanes;
+}
+
+// A thread's values of the slab that begins at `start`; zeros beyond the rows and columns leave every sum as it is.
+template <class Shape, class T>
+PSE_DEVICE void fetch_slab(Shared<int64_t> addresses, int count, int start, T* raw) {
+    PSE_UNROLL
+    for (int u = 0; u < Shape::kFetched; ++u) {
+        const int e = thread() + u * Shape::kThreads, column = start + e % Shape::kColumns;
+        const int64_t address = load(addresses, e / Shape::kColumns);
+        raw[u] = T{};
+        if (address != 0 && column < count) raw[u] = load(global<const T>(address, count), column);
+    }
+}
+
+template <class Shape, class T>
+PSE_DEVICE void add_tiles(const Piece& piece, Shared<int64_t> addresses, Shared<double> slab, const Tile& tile,
+                          double* sum) {
+    constexpr bool kExact = sizeof(T) < 8;
+    constexpr int kTile = Shape::kTile;
+    constexpr bool kAhead = sizeof(T) < 8 || kTile < 8;  // 32 registers of fp64 beside 128 of sums would spill
+    T raw[Shape::kFetched];
+    if (kAhead) fetch_slab<Shape, T>(addresses, piece.count, 0, raw);
+    for (int start = 0; start < piece.count; start += Shape::kColumns) {
+        if (!kAhead) fetch_slab<Shape, T>(addresses, piece.count, start, raw);
+        PSE_UNROLL
+        for (int u = 0; u < Shape::kFetched; ++u) {
+            const int e = thread() + u * Shape::kThreads;
+            store(slab, slab_index<Shape>(e / Shape::kColumns, e % Shape::kColumns), widened(raw[u]));
+        }
+        sync_block();
+        // In flight during the sums.
+        if (kAhead) fetch_slab<Shape, T>(addresses, piece.count, start + Shape::kColumns, raw);
+        const int steps = (smaller(Shape::kColumns, piece.count - start) + kLanes - 1) / kLanes;
+        for (int step = 0; step < steps && tile.active; ++step) {
+            const int column = step * kLanes + thread() % kLanes;
+            double x[kTile];
+            PSE_UNROLL
+            for (int i = 0; i < kTile; ++i) x[i] = load(slab, slab_index<Shape>(tile.left + i, column));
+            PSE_UNROLL
+            for (int j = 0; j < kTile; ++j) {
+                const double y = load(slab, slab_index<Shape>(tile.right + j, column));
+                PSE_UNROLL
+                for (int i = 0; i < kTile; ++i) sum[i * kTile + j] = add_product<kExact>(sum[i * kTile + j], x[i], y);
+            }
+        }
+        sync_block();
+    }
+}
+
+template <class Shape>
+PSE_KERNEL(Shape::kThreads, kAnyOccupancy)
+gram_tiles(Arrays a) {
+    constexpr int kTile = Shape::kTile, kSide = Shape::kSide;
+    PSE_SHARED(int64_t, addresses, Shape::kStaged);
+    PSE_SHARED(double, slab, Shape::kSlab);
+    const int k = int(a.k);
+    // Super tiles of one block of columns are neighbours in the grid, so that the L2 holds what they share.
+    const int64_t super_rows = divide_up(k, Shape::kSuper), supers = pairs_of(super_rows);
+    const int64_t block_of_columns = block() / supers % a.blocks, group = block() / supers / a.blocks;
+    const int super = int(block() % supers);
+    int super_left = 0;
+    while (pairs_of(super_left + 1) <= super) ++super_left;
+    const int super_right = super - int(pairs_of(super_left));
+    const bool diagonal = super_left == super_right;
+
+    const Piece piece = piece_of(a, block_of_columns);
+    for (int r = thread(); r < Shape::kStaged; r += Shape::kThreads) {
+        const bool second = r >= Shape::kSuper;
+        const int row = second ? super_right * Shape::kSuper + r - Shape::kSuper : super_left * Shape::kSuper + r;
+        store(addresses, r, row < k && !(second && diagonal) ? row_address(a, piece, group, row) : int64_t(0));
+    }
+    const int t = thread() / kLanes;
+    int tile_left = t / kSide, tile_right = t % kSide;
+    bool active = t < kSide * kSide;
+    if (diagonal) {
+        tile_left = 0;
+        while (pairs_of(tile_left + 1) <= t) ++tile_left;
+        tile_right = t - int(pairs_of(tile_left));
+        active = tile_left < kSide;
+    }
+    const int left = super_left * Shape::kSuper + tile_left * kTile;
+    const int right = super_right * Shape::kSuper + tile_right * kTile;
+    const Tile tile = {tile_left * kTile, (diagonal ? 0 : Shape::kSuper) + tile_right * kTile,
+                       active && left < k && right < k};
+
+    double sum[kTile * kTile];
+    PSE_UNROLL
+    for (int p = 0; p < kTile * kTile; ++p) sum[p] = 0.0;
+    sync_block();
+    switch (piece.dtype) {
+        case DType::f32: add_tiles<Shape, float>(piece, addresses, slab, tile, sum); break;
+        case DType::f64: add_tiles<Shape, double>(piece, addresses, slab, tile, sum); break;
+        case DType::f16: add_tiles<Shape, f16_t>(piece, addresses, slab, tile, sum); break;
+        case DType::bf16: add_tiles<Shape, bf16_t>(piece, addresses, slab, tile, sum); break;
+    }
+    const int64_t partial = (group * a.blocks + block_of_columns) * a.pairs;
+    PSE_UNROLL
+    for (int p = 0; p < kTile * kTile; ++p) {
+        const double joined = join_lanes_of_threads(sum[p]);
+        const int i = left + p / kTile, j = right + p % kTile;
+        if (tile.active && thread() % kLanes == p % kLanes && i < k && j <= i)
+            store(a.partials, partial + pair_index(i, j), joined);
+    }
+    if constexpr (Shape::kOneSuper) {
+        const int64_t run = block_of_columns / kGramRun;
+        join_inline(a, group, run, smaller(kGramRun, a.blocks - run * kGramRun));
+    }
+}
+
+// ---- 4. combine
+
+// Columns [first + thread() * kWidth, end) in strides of the block, kWidth neighbours a thread.
+template <class T, int kWidth>
+PSE_DEVICE void combine_columns(const Piece& piece, Shared<int64_t> addresses, Shared<double> coefficients, int active,
+                                double start, Global<T> out, int first, int end) {
+    constexpr int kRows = 4;  // rows in flight
+    for (int column = first + thread() * kWidth; column < end; column += kCombineThreads * kWidth) {
+        double sum[kWidth];
+        PSE_UNROLL
+        for (int v = 0; v < kWidth; ++v) sum[v] = start;
+        for (int j = 0; j < active; j += kRows) {
+            Vector<T, kWidth> raw[kRows] = {};
+            PSE_UNROLL
+            for (int u = 0; u < kRows; ++u)
+                if (j + u < active)
+                    raw[u] = load_vector<kWidth>(global<const T>(load(addresses, j + u), piece.count), column);
+            PSE_UNROLL
+            for (int u = 0; u < kRows; ++u) {
+                if (j + u >= active) continue;
+                const double coefficient = load(coefficients, j + u);
+                PSE_UNROLL
+                for (int v = 0; v < kWidth; ++v) sum[v] = add_rn(sum[v], mul_rn(coefficient, widened(raw[u].at[v])));
+            }
+        }
+        Vector<T, kWidth> rounded = {};
+        PSE_UNROLL
+        for (int v = 0; v < kWidth; ++v) round_to(sum[v], rounded.at[v]);
+        store_vector<kWidth>(out, column, rounded);
+    }
+}
+
+template <class T>
+PSE_DEVICE void combine_piece(const Piece& piece, Shared<int64_t> addresses, Shared<double> coefficients, int active,
+                              double start, int64_t to) {
+    constexpr int kWidth = 16 / int(sizeof(T));
+    int64_t crooked = to;
+    for (int j = 0; j < active; ++j) crooked |= load(addresses, j);
+    const int whole = crooked % 16 == 0 ? piece.count / kWidth * kWidth : 0;
+    const Global<T> out = global<T>(to, piece.count);
+    combine_columns<T, kWidth>(piece, addresses, coefficients, active, start, out, 0, whole);
+    combine_columns<T, 1>(piece, addresses, coefficients, active, start, out, whole, piece.count);
+}
+
+PSE_KERNEL(kCombineThreads) combine(Arrays a) {
+    PSE_SHARED(int64_t, addresses, kMostObjectives);
+    PSE_SHARED(double, coefficients, kMostObjectives);
+    const int64_t reversed = blocks() - 1 - block();
+    const int64_t group = reversed / a.blocks;
+    const Piece piece = piece_of(a, reversed % a.blocks);
+    const bool finite = load(a.finite, group) != 0;
+    const int active = finite ? load(a.active_count, group) : 0;
+    for (int j = thread(); j < active; j += kCombineThreads) {
+        store(addresses, j, row_address(a, piece, group, load(a.active, group * a.k + j)));
+        store(coefficients, j, load(a.coefficients, group * a.k + j));
+    }
+    sync_block();
+    // -0 + x is x: a lone -0 keeps its sign.
+    const double start = !finite ? bits_double(0x7ff8000000000000ull) : active > 0 ? -0.0 : 0.0;
+    const int64_t to = out_address(a, piece, group);
+    switch (piece.dtype) {
+        case DType::f32: return combine_piece<float>(piece, addresses, coefficients, active, start, to);
+        case DType::f64: return combine_piece<double>(piece, addresses, coefficients, active, start, to);
+        case DType::f16: return combine_piece<f16_t>(piece, addresses, coefficients, active, start, to);
+        case DType::bf16: return combine_piece<bf16_t>(piece, addresses, coefficients, active, start, to);
+    }
+}
+
+// ---- small tables by kernel argument
+
+constexpr int kWords = 448;  // 3.5 of the 4 KB that every driver takes
+
+struct Words {
+    int64_t at[kWords];
+};
+
+PSE_KERNEL(kWords) write_argument(Words words, Global<int64_t> to, int count) {
+    if (thread() < count) store(to, thread(), words.at[thread()]);
+}
+
+int write_words(const int64_t* words, int64_t count, int64_t to, int device, void* stream) {
+    const Target target = {device, stream};
+    for (int64_t start = 0; start < count; start += kWords) {
+        const int now = int(count - start < kWords ? count - start : kWords);
+        Words chunk = {};
+        for (int i = 0; i < now; ++i) chunk.at[i] = words[start + i];
+        const Global<int64_t> there = global<int64_t>(to + start * 8, now);
+        if (const int error = launch("write_argument", target, 1, kWords, write_argument, chunk, there, now))
+            return error;
+    }
+    return 0;
+}
+
+// ---- scratch, and the launches
+
+struct Layout {
+    int64_t blocks, runs, pairs, tickets_per_group;
+    int64_t run_sums, coefficients, tickets, active, active_count, bytes;  // offsets; partials come first
+};
+
+static Layout layout_of(int64_t groups, int64_t k, int64_t blocks) {
+    Layout l = {};
+    l.blocks = blocks > 1 ? blocks : 1;  // without elements: one block without columns
+    l.runs = divide_up(l.blocks, kGramRun);
+    l.pairs = pairs_of(k);
+    l.tickets_per_group = 1 + (k <= kInline ? l.runs : divide_up(l.pairs, kJoinThreads));
+    l.run_sums = 8 * groups * l.blocks * l.pairs;
+    l.coefficients = l.run_sums + 8 * groups * l.runs * l.pairs;
+    l.tickets = l.coefficients + 8 * groups * k;
+    l.active = l.tickets + 4 * groups * l.tickets_per_group;
+    l.active_count = l.active + 4 * groups * k;
+    l.bytes = divide_up(l.active_count + 4 * groups, 16) * 16;
+    return l;
+}
+
+int64_t projection_scratch_bytes(int64_t groups, int64_t k, int64_t blocks) {
+    return layout_of(groups, k, blocks).bytes;
+}
+
+static Arrays arrays_of(const ProjectionCall& c, const Layout& l, bool project) {
+    const int64_t gk = c.groups * c.k;
+    Arrays a = {};
+    a.dense = c.grads;
+    a.table = global<const int64_t>(c.table, (c.k + 4) * c.tensors + 1);
+    a.tensors = c.tensors;
+    a.groups = c.groups;
+    a.k = c.k;
+    a.n = c.n;
+    a.blocks = l.blocks;
+    a.runs = l.runs;
+    a.pairs = l.pairs;
+    a.tickets_per_group = l.tickets_per_group;
+    a.dtype = c.dtype;
+    a.partials = global<double>(c.scratch, c.groups * l.blocks * l.pairs);
+    a.run_sums = global<double>(c.scratch + l.run_sums, c.groups * l.runs * l.pairs);
+    a.tickets = global<uint32_t>(c.scratch + l.tickets, c.groups * l.tickets_per_group);
+    a.gram = global<double>(c.gram, gk * c.k);
+    a.project = project;
+    if (!project) return a;
+    a.weights = global<const double>(c.weights, gk);
+    a.order = global<const uint16_t>(c.order, c.k * (c.k - 1));
+    a.seed = c.seed;
+    a.mode = c.mode;
+    a.mean = c.mean;
+    a.projected = global<double>(c.projected, gk * c.k);
+    a.finite = global<uint8_t>(c.finite, c.groups);
+    a.coefficients = global<double>(c.scratch + l.coefficients, gk);
+    a.active = global<int32_t>(c.scratch + l.active, gk);
+    a.active_count = global<int32_t>(c.scratch + l.active_count, c.groups);
+    a.out = c.out;
+    return a;
+}
+
+template <int kRows>
+static int launch_registers(const Arrays& a, const Target& target) {
+    if constexpr (kRows > 0) {
+        if (a.k != kRows) return launch_registers<kRows - 1>(a, target);
+        const int64_t shares = divide_up(a.blocks, kRegisterThreads / kLanes);
+        return launch("gram_registers", target, a.groups * shares, kRegisterThreads, gram_registers<kRows>, a);
+    }
+    return 0;
+}
+
+template <class Shape>
+static int launch_tiles(const Arrays& a, const Target& target) {
+    const int64_t supers = pairs_of(divide_up(a.k, Shape::kSuper));
+    return launch("gram_tiles", target, a.groups * a.blocks * supers, Shape::kThreads, gram_tiles<Shape>, a);
+}
+
+// Steps 1 to 3.
+static int gram_and_recur(const Arrays& a, const Layout& layout, const ProjectionCall& call, const Target& target) {
+    if (a.groups == 0) return 0;
+    int error =
+        fill_zero(target, reinterpret_cast<void*>(call.scratch + layout.tickets), 4 * a.groups * a.tickets_per_group);
+    if (error != 0) return error;
+    const bool few = call.path == GramPath::automatic ? a.groups * a.blocks < kFewBlocks : call.path == GramPath::tiles;
+    if (a.k <= kRegisterRows && !few)
+        error = launch_registers<kRegisterRows>(a, target);
+    else if (a.k <= FewBlocks::kSuper)
+        error = launch_tiles<FewBlocks>(a, target);
+    else if (a.k <= FewRows::kSuper)
+        error = launch_tiles<FewRows>(a, target);
+    else
+        error = launch_tiles<ManyRows>(a, target);
+    if (error != 0 || a.k <= kInline) return error;
+    const int64_t chunks = divide_up(a.pairs, kJoinThreads);
+    error = launch("join_pairs", target, a.groups * a.runs * chunks, kJoinThreads, join_pairs, a);
+    if (error != 0 || !a.project) return error;
+    return launch("recur_objective", target, a.groups * a.k, kRecurThreads, recur_objective, a);
+}
+
+int gram(const ProjectionCall& call, int device, void* stream) {
+    const Layout layout = layout_of(call.groups, call.k, call.blocks);
+    return gram_and_recur(arrays_of(call, layout, false), layout, call, {device, stream});
+}
+
+int project(const ProjectionCall& call, int device, void* stream) {
+    const Target target = {device, stream};
+    const Layout layout = layout_of(call.groups, call.k, call.blocks);
+    const Arrays a = arrays_of(call, layout, true);
+    if (const int error = gram_and_recur(a, layout, call, target)) return error;
+    return launch("combine", target, a.groups * a.blocks, kCombineThreads, combine, a);
+}
+
+}  // namespace cuda
+}  // namespace pse

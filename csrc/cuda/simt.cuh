@@ -1,0 +1,205 @@
+// The subset of CUDA that kernels may use, and nothing beside it (CONTRIBUTING.md says how to extend it).
+// nvcc makes each name CUDA's own instruction. With PSE_SIMT the host compiler takes tests/simt/harness.h instead: the
+// very same kernels then run on the CPU, a fiber per thread, and what no GPU checks is checked: bounds, races inside
+// and between blocks, diverged barriers and collectives, reads of unwritten shared memory.
+//
+// Rules   Blocks are whole warps. Memory is reached by load() and store(), never by operator[]. Global memory is a
+//         Global<T> that knows its size (harness only). Atomics are on integers, relaxed; floats never.
+//         Blocks meet in last_block() alone: the only fence in the code base.
+#pragma once
+#include "core/arithmetic.h"
+#include "cuda/target.h"
+
+#ifdef PSE_SIMT
+#include "harness.h"
+#else
+#include <cuda_runtime.h>
+
+namespace pse {
+namespace simt {
+
+#define PSE_DEVICE __device__ __forceinline__
+#define PSE_KERNEL(...) static __global__ void __launch_bounds__(__VA_ARGS__)  // threads, blocks per processor
+#define PSE_SHARED(T, name, count) __shared__ T name[count]
+#define PSE_UNROLL _Pragma("unroll")
+
+constexpr int kWarp = 32;
+constexpr uint32_t kAllLanes = 0xffffffffu;
+
+// ---- memory
+
+template <class T>
+using Global = T*;
+template <class T>
+using Shared = T*;  // what a function takes that works on a PSE_SHARED array
+
+template <class T>
+PSE_HD Global<T> global(const void* address, int64_t) {
+    return static_cast<T*>(const_cast<void*>(address));
+}
+template <class T>
+PSE_HD Global<T> global(int64_t address, int64_t) {
+    return reinterpret_cast<T*>(address);
+}
+
+template <class T>
+PSE_DEVICE T load(const T* p, int64_t i) {
+    return p[i];
+}
+template <class T>
+PSE_DEVICE void store(T* p, int64_t i, T value) {
+    p[i] = value;
+}
+
+// What functions of csrc/core take for a pointer: p[i] is load(p, i), p[i] = x is store(p, i, x).
+template <class T>
+PSE_DEVICE T* elements(T* p) {
+    return p;
+}
+
+// N neighbouring elements in one access of sizeof(T) * N <= 16 bytes, to which the address must be aligned.
+template <class T, int N>
+struct alignas(sizeof(T) * N) Vector {
+    T at[N];
+};
+template <int N, class T>
+PSE_DEVICE Vector<T, N> load_vector(const T* p, int64_t i) {
+    return *reinterpret_cast<const Vector<T, N>*>(p + i);
+}
+template <int N, class T>
+PSE_DEVICE void store_vector(T* p, int64_t i, const Vector<T, N>& value) {
+    *reinterpret_cast<Vector<T, N>*>(p + i) = value;
+}
+template <class T>
+PSE_DEVICE bool is_aligned(const T* p, int64_t i, int bytes) {
+    return reinterpret_cast<uintptr_t>(p + i) % bytes == 0;
+}
+
+// ---- where a thread is
+
+PSE_DEVICE int thread() { return int(threadIdx.x); }
+PSE_DEVICE int threads() { return int(blockDim.x); }
+PSE_DEVICE int64_t block() { return int64_t(blockIdx.x); }
+PSE_DEVICE int64_t blocks() { return int64_t(gridDim.x); }
+PSE_DEVICE int lane() { return int(threadIdx.x) % kWarp; }
+PSE_DEVICE int warp() { return int(threadIdx.x) / kWarp; }
+
+// ---- barriers and collectives: every thread of the block, or every lane of the mask, takes part at the same place
+
+PSE_DEVICE void sync_block() { __syncthreads(); }
+PSE_DEVICE void sync_warp() { __syncwarp(); }
+template <class T>
+PSE_DEVICE T shuffle(T value, int from) {
+    return __shfl_sync(kAllLanes, value, from);
+}
+template <class T>
+PSE_DEVICE T shuffle_down(T value, int by) {
+    return __shfl_down_sync(kAllLanes, value, by);
+}
+template <class T>
+PSE_DEVICE T shuffle_up(T value, int by) {
+    return __shfl_up_sync(kAllLanes, value, by);
+}
+template <class T>
+PSE_DEVICE T shuffle_xor(T value, int mask) {
+    return __shfl_xor_sync(kAllLanes, value, mask);
+}
+PSE_DEVICE uint32_t ballot(bool vote) { return __ballot_sync(kAllLanes, vote); }
+
+// ---- atomics: relaxed, integers of 32 and 64 bits; each returns the value before
+
+template <class T>
+struct Atomic;  // CUDA's own type of the same size
+template <>
+struct Atomic<int32_t> {
+    using type = int;
+};
+template <>
+struct Atomic<uint32_t> {
+    using type = unsigned int;
+};
+template <>
+struct Atomic<int64_t> {
+    using type = unsigned long long;  // two's complement: sums are the same
+};
+template <>
+struct Atomic<uint64_t> {
+    using type = unsigned long long;
+};
+
+template <class T>
+PSE_DEVICE T atomic_add(T* p, int64_t i, T value) {
+    using A = typename Atomic<T>::type;
+    return T(atomicAdd(reinterpret_cast<A*>(p + i), A(value)));
+}
+PSE_DEVICE int32_t atomic_max(int32_t* p, int64_t i, int32_t value) { return atomicMax(p + i, value); }
+PSE_DEVICE int32_t atomic_min(int32_t* p, int64_t i, int32_t value) { return atomicMin(p + i, value); }
+PSE_DEVICE uint32_t atomic_or(uint32_t* p, int64_t i, uint32_t value) { return atomicOr(p + i, value); }
+
+// The last-block-done pattern, audited here and used from nowhere else. Every block of a set of `count` calls it once
+// per launch; it is true, in all threads, of the block that comes last, and what the others wrote before they came is
+// then visible. `tickets[i]` is 0 before the launch and again after it, so that a graph can be replayed.
+PSE_DEVICE bool last_block(Global<uint32_t> tickets, int64_t i, uint32_t count) {
+    __shared__ bool last;
+    __syncthreads();  // the block's writes come before its thread 0's fence
+    if (threadIdx.x == 0) {
+        __threadfence();
+        last = atomicAdd(tickets + i, 1u) == count - 1;
+        if (last) tickets[i] = 0;
+        __threadfence();  // and the fence before what any thread of the last block reads
+    }
+    __syncthreads();
+    return last;
+}
+
+PSE_DEVICE int count_bits(uint32_t x) { return __popc(x); }
+PSE_DEVICE int count_leading_zeros(uint32_t x) { return __clz(int(x)); }
+PSE_DEVICE int count_leading_zeros(uint64_t x) { return __clzll((long long)(x)); }
+
+// ---- launches, on the host. Everything returns a cudaError_t as an int: 0 is success.
+
+// Makes the target's device current for the length of a scope.
+class OnDevice {
+  public:
+    explicit OnDevice(const Target& target) {
+        error_ = int(cudaGetDevice(&before_));
+        if (error_ == 0 && before_ != target.device) error_ = int(cudaSetDevice(target.device));
+        changed_ = error_ == 0 && before_ != target.device;
+    }
+    ~OnDevice() {
+        if (changed_) cudaSetDevice(before_);
+    }
+    OnDevice(const OnDevice&) = delete;
+    OnDevice& operator=(const OnDevice&) = delete;
+    int error() const { return error_; }
+
+  private:
+    int before_ = 0;
+    int error_ = 0;
+    bool changed_ = false;
+};
+
+// Launches `blocks` blocks (nothing where there are none). The name is the harness's.
+template <class... Parameters, class... Arguments>
+int launch(const char*, const Target& target, int64_t blocks, int threads, void (*kernel)(Parameters...),
+           Arguments... arguments) {
+    if (blocks == 0) return 0;
+    if (blocks > INT32_MAX) return int(cudaErrorInvalidConfiguration);
+    const OnDevice on(target);
+    if (on.error() != 0) return on.error();
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(unsigned(blocks));
+    config.blockDim = dim3(unsigned(threads));
+    config.stream = static_cast<cudaStream_t>(target.stream);
+    return int(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
+}
+
+inline int fill_zero(const Target& target, void* data, int64_t bytes) {
+    const OnDevice on(target);
+    if (on.error() != 0) return on.error();
+    return int(cudaMemsetAsync(data, 0, size_t(bytes), static_cast<cudaStream_t>(target.stream)));
+}
+
+}  // namespace simt
+}  // namespace pse
+#endif

@@ -1,0 +1,1 @@
+#include "cuda/topm_sparse.cu"

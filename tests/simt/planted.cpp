@@ -1,0 +1,220 @@
+// Kernels with one bug each, which the harness must catch, beside their sound twins, which it must let pass.
+#include "cuda/simt.cuh"
+//
+#include "planted.h"
+
+namespace pse {
+namespace simt {
+
+constexpr int kThreads = 64;
+constexpr int64_t kSize = 256;  // of the buffer that every kernel gets
+
+PSE_KERNEL(kThreads) reverse_with_barrier(Global<int32_t> data) {
+    PSE_SHARED(int32_t, tile, kThreads);
+    store(tile, thread(), load(data, thread()));
+    sync_block();
+    store(data, thread(), load(tile, kThreads - 1 - thread()));
+}
+PSE_KERNEL(kThreads) reverse_without_barrier(Global<int32_t> data) {
+    PSE_SHARED(int32_t, tile, kThreads);
+    store(tile, thread(), load(data, thread()));
+    sync_warp();  // not enough: the other warp's part
+    store(data, thread(), load(tile, kThreads - 1 - thread()));
+}
+PSE_KERNEL(kThreads) shift_in_a_warp(Global<int32_t> data) {
+    PSE_SHARED(int32_t, tile, kThreads);
+    store(tile, thread(), load(data, thread()));
+    sync_warp();
+    store(data, thread(), load(tile, thread() ^ 1));
+}
+PSE_KERNEL(kThreads) shift_without_warp_barrier(Global<int32_t> data) {
+    PSE_SHARED(int32_t, tile, kThreads);
+    store(tile, thread(), load(data, thread()));
+    store(data, thread(), load(tile, thread() ^ 1));
+}
+PSE_KERNEL(kThreads) reuse_without_barrier(Global<int32_t> data) {
+    PSE_SHARED(int32_t, tile, kThreads);
+    for (int round = 0; round < 2; ++round) {
+        store(tile, thread(), load(data, thread()) + round);
+        sync_block();
+        store(data, thread(), load(tile, kThreads - 1 - thread()));
+        // missing: the next round writes what others still read
+    }
+}
+PSE_KERNEL(kThreads) barrier_in_a_branch(Global<int32_t> data) {
+    if (thread() < 32) sync_block();
+    store(data, thread(), 1);
+}
+PSE_KERNEL(kThreads) two_barriers_that_differ(Global<int32_t> data) {
+    if (thread() < 32)
+        sync_block();
+    else
+        sync_block();
+    store(data, thread(), 1);
+}
+PSE_KERNEL(kThreads) shuffle_in_a_branch(Global<int32_t> data) {
+    int32_t x = load(data, thread());
+    if (lane() < 16) x = shuffle(x, 0);
+    store(data, thread(), x);
+}
+PSE_KERNEL(kThreads) early_return(Global<int32_t> data) {
+    if (thread() == 5) return;
+    sync_block();
+    store(data, thread(), 1);
+}
+PSE_KERNEL(kThreads) off_by_one(Global<int32_t> data) { store(data, kSize - kThreads + 1 + thread(), 1); }
+PSE_KERNEL(kThreads) before_the_first(Global<int32_t> data) { store(data, load(data, thread() - 1), 1); }
+PSE_KERNEL(kThreads) shared_off_by_one(Global<int32_t> data) {
+    PSE_SHARED(int32_t, tile, kThreads);
+    store(tile, thread() + 1, load(data, thread()));
+}
+// A function of csrc/core: it knows no kernel, and is checked as if it did.
+template <class Row>
+PSE_HD void add_to_each(Row row, int count, int32_t x) {
+    for (int i = 0; i < count; ++i) row[i] = row[i] + x;
+}
+PSE_KERNEL(kThreads) core_function(Global<int32_t> data) {
+    if (block() == 0 && thread() == 0) add_to_each(elements(data), kThreads, 5);
+}
+PSE_KERNEL(kThreads) core_function_off_by_one(Global<int32_t> data) {
+    PSE_SHARED(int32_t, tile, kThreads);
+    store(tile, thread(), load(data, thread()));
+    sync_block();
+    if (thread() == 0) add_to_each(elements(tile), kThreads + 1, 5);
+}
+PSE_KERNEL(kThreads) core_function_without_barrier(Global<int32_t> data) {
+    PSE_SHARED(int32_t, tile, kThreads);
+    store(tile, thread(), load(data, thread()));
+    if (thread() == 0) add_to_each(elements(tile), kThreads, 5);
+}
+PSE_KERNEL(kThreads) crooked_vector(Global<int32_t> data) { store(data, thread(), load_vector<4>(data, 1).at[0]); }
+PSE_KERNEL(kThreads) unwritten_read(Global<int32_t> data) {
+    PSE_SHARED(int32_t, tile, kThreads);
+    if (thread() != 7) store(tile, thread(), 1);
+    sync_block();
+    store(data, thread(), load(tile, thread()));
+}
+PSE_KERNEL(kThreads) unwritten_counter(Global<int32_t> data) {
+    PSE_SHARED(int32_t, counter, 1);
+    atomic_add(counter, 0, 1);  // nobody has set it to 0
+    store(data, thread(), 1);
+}
+PSE_KERNEL(kThreads) two_blocks_write(Global<int32_t> data) { store(data, thread(), int32_t(block())); }
+PSE_KERNEL(kThreads) a_block_reads_another_s(Global<int32_t> data) {
+    store(data, block() * kThreads + thread(), 1);
+    const int32_t x = load(data, (block() + 1) % 2 * kThreads + thread());
+    store(data, 2 * kThreads + block() * kThreads + thread(), x);
+}
+PSE_KERNEL(kThreads) plain_read_of_a_counter(Global<int32_t> data) {
+    if (thread() == 0) atomic_add(data, 0, 1);
+    if (thread() == 0 && load(data, 0) > 0) store(data, 1 + block(), 1);
+}
+PSE_KERNEL(kThreads) count_with_atomics(Global<int32_t> data) { atomic_add(data, 0, 1); }
+PSE_KERNEL(kThreads) sum_by_the_last_block(Global<int32_t> data, Global<uint32_t> tickets) {
+    store(data, block() * kThreads + thread(), 1);
+    if (!last_block(tickets, 0, uint32_t(blocks()))) return;
+    int32_t sum = 0;
+    for (int64_t i = thread(); i < blocks() * kThreads; i += kThreads) sum += load(data, i);
+    store(data, 3 * kThreads + thread(), sum);
+}
+PSE_KERNEL(kThreads) sum_by_a_block_that_does_not_wait(Global<int32_t> data, Global<uint32_t> tickets) {
+    store(data, block() * kThreads + thread(), 1);
+    last_block(tickets, 0, uint32_t(blocks()));
+    if (block() != 0) return;
+    int32_t sum = 0;
+    for (int64_t i = thread(); i < blocks() * kThreads; i += kThreads) sum += load(data, i);
+    store(data, 3 * kThreads + thread(), sum);
+}
+PSE_KERNEL(kThreads) late_write(Global<int32_t> data, Global<uint32_t> tickets) {
+    const bool last = last_block(tickets, 0, uint32_t(blocks()));
+    if (block() == 1 && thread() == 0) store(data, 0, 1);  // after it has come: the last block need not see it
+    if (last) store(data, kThreads + thread(), load(data, 0));
+}
+PSE_KERNEL(kThreads) dirty_ticket(Global<int32_t> data, Global<uint32_t> tickets) {
+    if (last_block(tickets, 0, uint32_t(blocks()))) store(data, thread(), 1);
+}
+// Block 0 expects block 1's mark: right in one order of the blocks, wrong in another.
+PSE_KERNEL(kThreads) depends_on_block_order(Global<int32_t> data) {
+    if (thread() == 0) store(data, block(), atomic_add(data, kThreads, 1));
+}
+
+static const Target kHere = {0, nullptr};
+
+std::vector<std::string> planted_names() {
+    return {"reverse_with_barrier",
+            "reverse_without_barrier",
+            "shift_in_a_warp",
+            "shift_without_warp_barrier",
+            "reuse_without_barrier",
+            "barrier_in_a_branch",
+            "two_barriers_that_differ",
+            "shuffle_in_a_branch",
+            "early_return",
+            "off_by_one",
+            "before_the_first",
+            "shared_off_by_one",
+            "core_function",
+            "core_function_off_by_one",
+            "core_function_without_barrier",
+            "crooked_vector",
+            "unwritten_read",
+            "unwritten_counter",
+            "two_blocks_write",
+            "a_block_reads_another_s",
+            "plain_read_of_a_counter",
+            "count_with_atomics",
+            "sum_by_the_last_block",
+            "sum_by_a_block_that_does_not_wait",
+            "late_write",
+            "dirty_ticket",
+            "depends_on_block_order"};
+}
+
+std::vector<int32_t> planted(const std::string& name) {
+    std::vector<int32_t> memory(kSize);
+    for (int64_t i = 0; i < kSize; ++i) memory[size_t(i)] = int32_t(i % kThreads);
+    uint32_t ticket = 0;
+    const Global<int32_t> data = global<int32_t>(memory.data(), kSize);
+    const Global<uint32_t> tickets = global<uint32_t>(&ticket, 1);
+#define PSE_ONE(kernel, blocks) \
+    if (name == #kernel) launch(#kernel, kHere, blocks, kThreads, kernel, data)
+#define PSE_TWO(kernel, blocks) \
+    if (name == #kernel) launch(#kernel, kHere, blocks, kThreads, kernel, data, tickets)
+    PSE_ONE(reverse_with_barrier, 1);
+    PSE_ONE(reverse_without_barrier, 1);
+    PSE_ONE(shift_in_a_warp, 1);
+    PSE_ONE(shift_without_warp_barrier, 1);
+    PSE_ONE(reuse_without_barrier, 1);
+    PSE_ONE(barrier_in_a_branch, 1);
+    PSE_ONE(two_barriers_that_differ, 1);
+    PSE_ONE(shuffle_in_a_branch, 1);
+    PSE_ONE(early_return, 1);
+    PSE_ONE(off_by_one, 1);
+    PSE_ONE(before_the_first, 1);
+    PSE_ONE(shared_off_by_one, 1);
+    PSE_ONE(core_function, 1);
+    PSE_ONE(core_function_off_by_one, 1);
+    PSE_ONE(core_function_without_barrier, 1);
+    PSE_ONE(crooked_vector, 1);
+    PSE_ONE(unwritten_read, 1);
+    PSE_ONE(unwritten_counter, 1);
+    PSE_ONE(two_blocks_write, 2);
+    PSE_ONE(a_block_reads_another_s, 2);
+    PSE_ONE(plain_read_of_a_counter, 2);
+    PSE_ONE(count_with_atomics, 3);
+    PSE_TWO(sum_by_the_last_block, 3);
+    PSE_TWO(sum_by_a_block_that_does_not_wait, 3);
+    PSE_TWO(late_write, 3);
+    PSE_ONE(depends_on_block_order, 3);
+    if (name == "dirty_ticket") {
+        ticket = 7;
+        PSE_TWO(dirty_ticket, 2);
+    }
+#undef PSE_ONE
+#undef PSE_TWO
+    memory.push_back(int32_t(ticket));
+    return memory;
+}
+
+}  // namespace simt
+}  // namespace pse

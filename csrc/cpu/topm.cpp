@@ -13,6 +13,8 @@
 //        held it still holds (or its delta overflowed and it is not eligible: neither is it a candidate).
 #include "cpu/topm.h"
 
+#include <type_traits>
+
 #include "core/magnitude_key.h"
 #include "core/philox.h"
 #include "cpu/convert.h"
@@ -129,21 +131,28 @@ static inline int64_t load_keys(const TopmTensor& t, int64_t start, int n, Real*
     return int64_t(excluded);
 }
 
+// One entry: its delta, its key.
+template <class Real>
+static inline Real read_one(int64_t address, int64_t dtype, int64_t local) {
+    Real x[1] = {};
+    load_block(reinterpret_cast<const void*>(address), DType(dtype), local, 1, x);
+    return x[0];
+}
+template <class Real>
+static inline Real delta_of(const TopmTensor& t, int64_t local) {
+    return sub_rn(read_one<Real>(t.tuned, t.tuned_dtype, local), read_one<Real>(t.base, t.base_dtype, local));
+}
+template <class Real, class Key>
+static inline Key key_at(const TopmTensor& t, int64_t local) {
+    const Real delta = delta_of<Real>(t, local);
+    if (t.importance_dtype < 0) return entry_key<Real, Key>(delta);
+    return entry_key<Real, Key>(delta, read_one<Real>(t.importance, t.importance_dtype, local));
+}
 template <class Key>
-static Key key_of_entry(const TopmCall& call, const TopmTensor& t, int64_t local) {
-    Key key[kGroup];
-    if (is_wide(t, !call.select)) {
-        if constexpr (sizeof(Key) == 8) {
-            double delta[1];
-            load_keys<double, Key>(t, local, 1, delta, key);
-        } else {
-            key[0] = 0;  // a float64 tensor makes the whole call wide
-        }
-    } else {
-        float delta[1];
-        load_keys<float, Key>(t, local, 1, delta, key);
-    }
-    return key[0];
+static inline Key key_of_entry(const TopmCall& call, const TopmTensor& t, int64_t local) {
+    if (!is_wide(t, !call.select)) return key_at<float, Key>(t, local);
+    if constexpr (sizeof(Key) == 8) return key_at<double, Key>(t, local);
+    return 0;  // a float64 tensor makes the whole call wide
 }
 
 // Bit i: keys[i] >= limit, for one group.
@@ -245,16 +254,101 @@ static inline int64_t sum_lanes(const int32_t* lanes) {
     return sum;
 }
 
+// ---- whole groups in registers: params, base and tuned of one type, bf16 or fp32, without importance. Deltas and keys
+// are never stored, which halves what a group costs. The same keys and the same roundings as above, in mask registers.
+
+template <class T, class Real, class Key>
+struct InRegisters {
+    static constexpr bool possible = false;
+};
+
+#if defined(__AVX512BW__)
+static inline __m512 load_16(const float* p) { return _mm512_loadu_ps(p); }
+static inline __m512 load_16(const bf16_t* p) {
+    const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+}
+static inline __m512 rounded(__m512 x, const float*) { return x; }
+static inline __m512 rounded(__m512 x, const bf16_t*) {  // float_to_bf16, in the high halves
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    return _mm512_castsi512_ps(_mm512_mask_mov_epi32(_mm512_and_si512(sum, _mm512_set1_epi32(int(0xffff0000u))), nan,
+                                                     _mm512_set1_epi32(0x7fc00000)));
+}
+static inline void put_32(float* p, __m512 low, __m512 high, uint32_t chosen) {
+    _mm512_mask_storeu_ps(p, __mmask16(chosen), low);
+    _mm512_mask_storeu_ps(p + 16, __mmask16(chosen >> 16), high);
+}
+static inline void put_32(bf16_t* p, __m512 low, __m512 high, uint32_t chosen) {
+    const __m256i first = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(low), 16));
+    const __m256i second = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(high), 16));
+    const __m512i after = _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
+    _mm512_storeu_si512(p, _mm512_mask_blend_epi16(chosen, _mm512_loadu_si512(p), after));
+}
+
+template <class T>
+struct InRegisters<T, float, uint32_t> {
+    static constexpr bool possible = std::is_same_v<T, float> || std::is_same_v<T, bf16_t>;
+
+    __m512 low, high;   // deltas
+    uint32_t excluded;  // a bit per entry: not eligible
+    uint32_t at_lower;  // eligible, and the key is at least `lower`
+    uint32_t at_upper;
+
+    InRegisters(const T* base, const T* tuned, uint32_t lower, uint32_t upper)
+        : low(_mm512_sub_ps(load_16(tuned), load_16(base))),
+          high(_mm512_sub_ps(load_16(tuned + 16), load_16(base + 16))) {
+        const __m512i magnitude = _mm512_set1_epi32(0x7fffffff), largest = _mm512_set1_epi32(0x7f7fffff);
+        const __m512i first = _mm512_and_si512(_mm512_castps_si512(low), magnitude);
+        const __m512i second = _mm512_and_si512(_mm512_castps_si512(high), magnitude);
+        const auto mask = [&](__m512i bound) {  // keys are magnitudes plus 1
+            return uint32_t(_mm512_cmpge_epi32_mask(first, bound)) | uint32_t(_mm512_cmpge_epi32_mask(second, bound))
+                                                                         << 16;
+        };
+        excluded = uint32_t(_mm512_cmpgt_epi32_mask(first, largest)) |
+                   uint32_t(_mm512_cmpgt_epi32_mask(second, largest)) << 16;
+        at_lower = mask(_mm512_set1_epi32(int(lower) - 1)) & ~excluded;
+        at_upper = mask(_mm512_set1_epi32(int(upper) - 1)) & ~excluded;
+    }
+
+    // Returns how many of the chosen round to what they were.
+    int64_t edit(T* params, float scale, uint32_t chosen) const {
+        const __m512 s = _mm512_set1_ps(scale), first = load_16(params), second = load_16(params + 16);
+        const __m512 one = rounded(_mm512_sub_ps(first, _mm512_mul_ps(s, low)), params);
+        const __m512 two = rounded(_mm512_sub_ps(second, _mm512_mul_ps(s, high)), params);
+        const uint32_t same = uint32_t(_mm512_cmp_ps_mask(first, one, _CMP_EQ_OQ)) |
+                              uint32_t(_mm512_cmp_ps_mask(second, two, _CMP_EQ_OQ)) << 16;
+        put_32(params, one, two, chosen);
+        return __builtin_popcount(same & chosen);
+    }
+
+    void deltas(float* out) const {
+        _mm512_storeu_ps(out, low);
+        _mm512_storeu_ps(out + 16, high);
+    }
+};
+#endif
+
+template <class T>
+static inline bool of_one_type(const TopmTensor& t, const T*) {
+    constexpr DType dtype = std::is_same_v<T, float> ? DType::f32 : DType::bf16;
+    return t.importance_dtype < 0 && t.base_dtype == int64_t(dtype) && t.tuned_dtype == int64_t(dtype);
+}
+
 // At low densities the touched lines of params are too scattered for the hardware's prefetcher: ask for those of a
 // whole block before the first is edited.
 static inline bool edits_are_scattered(const Group& group) { return group.m < group.size / kGroup; }
+template <class T>
+static inline void fetch_group(const T* params) {
+    const char* first = reinterpret_cast<const char*>(params);
+    for (int byte = 0; byte < int(kGroup * sizeof(T)); byte += 64) __builtin_prefetch(first + byte, 1);
+}
 template <class T, class Key>
 static inline void fetch_touched(const T* params, const Key* key, int n, Key limit) {
-    for (int i = 0; i < n; i += kGroup) {
-        if (at_least(key + i, limit) == 0) continue;
-        const char* first = reinterpret_cast<const char*>(params + i);
-        for (int byte = 0; byte < int(kGroup * sizeof(T)); byte += 64) __builtin_prefetch(first + byte, 1);
-    }
+    for (int i = 0; i < n; i += kGroup)
+        if (at_least(key + i, limit) != 0) fetch_group(params + i);
 }
 
 // Bits as the record keeps them: sign-extended to the widest dtype of the list.
@@ -359,6 +453,10 @@ static void sweep(const TopmCall& call, const Group& group, Bound<Key> a, Bound<
                 const int64_t out = group.first + which;
                 with_types<Key>(t, !call.select, [&](auto* params, auto real) {
                     using Real = decltype(real);
+                    using T = std::remove_pointer_t<decltype(params)>;
+                    const bool in_registers = of_one_type(t, params);
+                    const T* first_base = reinterpret_cast<const T*>(t.base);
+                    const T* first_tuned = reinterpret_cast<const T*>(t.tuned);
                     const Real scale = scale_as<Real>(call.scale);
                     Real delta[kBlock];
                     Key key[kBlock];
@@ -370,6 +468,40 @@ static void sweep(const TopmCall& call, const Group& group, Bound<Key> a, Bound<
                         stop = b.limit_end(index + done, index + stop) - index;
                         const int n = int(stop - done);
                         const Key upper = a.limit(index + done), lower = b.limit(index + done);
+                        if constexpr (InRegisters<T, Real, Key>::possible) {
+                            if (in_registers) {
+                                const int whole = n / kGroup * kGroup;
+                                uint32_t later[kBlock / kGroup];  // scattered edits, once their lines are asked for
+                                for (int i = 0; i < whole; i += kGroup) {
+                                    const int64_t at = local + done + i;
+                                    const InRegisters<T, Real, Key> g(first_base + at, first_tuned + at, lower, upper);
+                                    part_nonfinite += __builtin_popcount(g.excluded);
+                                    part_above += __builtin_popcount(g.at_upper);
+                                    later[i / kGroup] = call.one_pass ? g.at_upper : 0;
+                                    if (later[i / kGroup] != 0 && scattered)
+                                        fetch_group(params + at);
+                                    else if (later[i / kGroup] != 0)
+                                        part_unchanged[0] += int32_t(g.edit(params + at, scale, g.at_upper));
+                                    uint32_t band = g.at_lower & ~g.at_upper;
+                                    if (band == 0) continue;
+                                    all_within += __builtin_popcount(band);
+                                    g.deltas(delta);
+                                    for (; band != 0; band &= band - 1) {
+                                        const int bit = __builtin_ctz(band);
+                                        cursor.append(entry_key<Real, Key>(delta[bit]), sign_of(delta[bit]),
+                                                      index + done + i + bit);
+                                    }
+                                }
+                                for (int i = 0; i < whole && call.one_pass && scattered; i += kGroup) {
+                                    if (later[i / kGroup] == 0) continue;
+                                    const int64_t at = local + done + i;
+                                    const InRegisters<T, Real, Key> g(first_base + at, first_tuned + at, lower, upper);
+                                    part_unchanged[0] += int32_t(g.edit(params + at, scale, g.at_upper));
+                                }
+                                done += whole;
+                                if (whole > 0) continue;
+                            }
+                        }
                         part_nonfinite += load_keys(t, local + done, n, delta, key);
                         if (call.one_pass && scattered) fetch_touched(params + local + done, key, n, upper);
                         for (int i = 0; i < n; i += kGroup) {
@@ -424,6 +556,10 @@ static void apply_bound(const TopmCall& call, const Group& group, Bound<Key> upp
             const int64_t out = group.first + which;
             with_types<Key>(t, !call.select, [&](auto* params, auto real) {
                 using Real = decltype(real);
+                using T = std::remove_pointer_t<decltype(params)>;
+                const bool in_registers = of_one_type(t, params);
+                const T* first_base = reinterpret_cast<const T*>(t.base);
+                const T* first_tuned = reinterpret_cast<const T*>(t.tuned);
                 const Real scale = scale_as<Real>(call.scale);
                 Real delta[kBlock];
                 Key key[kBlock];
@@ -435,6 +571,31 @@ static void apply_bound(const TopmCall& call, const Group& group, Bound<Key> upp
                     stop = lower.limit_end(index + done, index + stop) - index;
                     const int n = int(stop - done);
                     const Key high = upper.limit(index + done), low = lower.limit(index + done);
+                    if constexpr (InRegisters<T, Real, Key>::possible) {
+                        if (in_registers && !call.select && place == nullptr) {
+                            const int whole = n / kGroup * kGroup;
+                            uint32_t later[kBlock / kGroup];  // scattered edits, once their lines are asked for
+                            for (int i = 0; i < whole; i += kGroup) {
+                                const int64_t at = local + done + i;
+                                const InRegisters<T, Real, Key> g(first_base + at, first_tuned + at, low, high);
+                                const uint32_t chosen = g.at_lower & ~g.at_upper;
+                                kept += __builtin_popcount(chosen);
+                                later[i / kGroup] = chosen;
+                                if (chosen != 0 && scattered)
+                                    fetch_group(params + at);
+                                else if (chosen != 0)
+                                    unchanged[0] += int32_t(g.edit(params + at, scale, chosen));
+                            }
+                            for (int i = 0; i < whole && scattered; i += kGroup) {
+                                if (later[i / kGroup] == 0) continue;
+                                const int64_t at = local + done + i;
+                                const InRegisters<T, Real, Key> g(first_base + at, first_tuned + at, low, high);
+                                unchanged[0] += int32_t(g.edit(params + at, scale, later[i / kGroup]));
+                            }
+                            done += whole;
+                            if (whole > 0) continue;
+                        }
+                    }
                     load_keys(t, local + done, n, delta, key);
                     if (!call.select && scattered) fetch_touched(params + local + done, key, n, low);
                     for (int i = 0; i < n; i += kGroup) {
@@ -467,14 +628,7 @@ static void apply_bound(const TopmCall& call, const Group& group, Bound<Key> upp
     });
 }
 
-// One entry's delta, and params edited. Returns 1 if the rounded result is what it was.
-template <class Real>
-static inline Real delta_of(const TopmTensor& t, int64_t local) {
-    Real b[1] = {}, d[1] = {};  // the compiler does not see that every dtype fills them
-    load_block(reinterpret_cast<const void*>(t.base), DType(t.base_dtype), local, 1, b);
-    load_block(reinterpret_cast<const void*>(t.tuned), DType(t.tuned_dtype), local, 1, d);
-    return sub_rn(d[0], b[0]);
-}
+// Returns 1 if the rounded result is what it was.
 template <class Real, class T>
 static inline int64_t edit_one(T* params, Real delta, Real scale) {
     Real before[1], after[1];
@@ -538,8 +692,9 @@ static void edit_chosen(const TopmCall& call, const Group& group, const Pair* pa
     });
 }
 
-// ---- 3 settle: the rank-th pair (from 1) in the order. Range-adaptive radix: at most 3 passes over 32-bit keys, 6
-// over 64-bit ones, then as many over the indices of equal keys. `work` has room for n pairs.
+// ---- 3 settle: the rank-th pair (from 1) in the order; the keys lie in [least, most]. Range-adaptive radix: at most 3
+// passes over 32-bit keys, 6 over 64-bit ones, then as many over the indices of equal keys. `work` has room for n
+// pairs.
 
 // What is left after a pass is in `work`; the first pass reads `pairs` and leaves them as they are.
 template <class Pair, class Value>
@@ -572,17 +727,12 @@ static int64_t narrow(const Pair* pairs, int64_t n, Pair* work, uint64_t low, ui
 }
 
 template <class Pair, class Key = typename Pair::Key>
-static Bound<Key> rank_of(const Pair* pairs, int64_t n, Pair* work, int64_t rank, int threads) {
+static Bound<Key> rank_of(const Pair* pairs, int64_t n, Pair* work, int64_t rank, Key least, Key most, int threads) {
     // Descending key = ascending complement; empty slots (key 0) come out above every range.
     const auto by_key = [](const Pair& pair) { return uint64_t(KeyTraits<Key>::none) - uint64_t(pair.key()); };
     const auto by_index = [](const Pair& pair) { return uint64_t(pair.index); };
-    uint64_t low = uint64_t(KeyTraits<Key>::none), high = 0;
-    for (int64_t i = 0; i < n; ++i) {
-        const uint64_t v = by_key(pairs[i]);
-        if (pairs[i].signed_key == 0) continue;
-        low = v < low ? v : low;
-        high = v > high ? v : high;
-    }
+    uint64_t low = uint64_t(KeyTraits<Key>::none) - uint64_t(most);
+    uint64_t high = uint64_t(KeyTraits<Key>::none) - uint64_t(least < 1 ? 1 : least);
     do {
         n = narrow(pairs, n, work, low, high, &rank, &low, &high, threads, by_key);
         pairs = work;
@@ -775,7 +925,7 @@ template <class Pair, class Key = typename Pair::Key>
 static Bound<Key> sampled(const Pair* pairs, int64_t s, int64_t eligible, Pair* work, int64_t rank, int threads) {
     if (rank < 1) return nothing<Key>();
     if (rank > eligible) return everything<Key>();
-    return rank_of(pairs, s, work, rank, threads);
+    return rank_of(pairs, s, work, rank, Key(1), nothing<Key>().key, threads);
 }
 
 // ---- the whole
@@ -865,7 +1015,7 @@ static TopmStatus settle(const TopmCall& call, const Group& group, const Scratch
         if (a.key == 0) settled->bound = select_exactly(call, group, nothing<Key>(), m, scratch.histogram);
     } else if (need > 0 && need <= totals.within && pool.dropped == 0) {
         settled->pool_used = pool.reserved;
-        settled->bound = rank_of(pairs, pool.reserved, work, need, call.threads);
+        settled->bound = rank_of(pairs, pool.reserved, work, need, b.key, a.key, call.threads);
     } else {
         if (need < 0 && call.one_pass) return kTopmSpoilt;
         const Bound<Key> above = need < 0 ? nothing<Key>() : a;

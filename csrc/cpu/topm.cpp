@@ -331,6 +331,20 @@ struct InRegisters<T, float, uint32_t> {
 };
 #endif
 
+// The groups of a block whose edit waited until their lines were asked for; a bit of `chosen` per entry.
+template <class Key, class T, class Real>
+static inline int32_t edit_fetched(const uint32_t* chosen, int n, T* params, const T* base, const T* tuned,
+                                   int64_t first, Real scale) {
+    int32_t unchanged = 0;
+    for (int i = 0; i < n; i += kGroup) {
+        if (chosen[i / kGroup] == 0) continue;
+        const int64_t at = first + i;
+        const InRegisters<T, Real, Key> group(base + at, tuned + at, 1, 1);  // its deltas; the choice is made
+        unchanged += int32_t(group.edit(params + at, scale, chosen[i / kGroup]));
+    }
+    return unchanged;
+}
+
 template <class T>
 static inline bool of_one_type(const TopmTensor& t, const T*) {
     constexpr DType dtype = std::is_same_v<T, float> ? DType::f32 : DType::bf16;
@@ -492,12 +506,9 @@ static void sweep(const TopmCall& call, const Group& group, Bound<Key> a, Bound<
                                                       index + done + i + bit);
                                     }
                                 }
-                                for (int i = 0; i < whole && call.one_pass && scattered; i += kGroup) {
-                                    if (later[i / kGroup] == 0) continue;
-                                    const int64_t at = local + done + i;
-                                    const InRegisters<T, Real, Key> g(first_base + at, first_tuned + at, lower, upper);
-                                    part_unchanged[0] += int32_t(g.edit(params + at, scale, g.at_upper));
-                                }
+                                if (call.one_pass && scattered)
+                                    part_unchanged[0] += edit_fetched<Key>(later, whole, params, first_base,
+                                                                           first_tuned, local + done, scale);
                                 done += whole;
                                 if (whole > 0) continue;
                             }
@@ -586,12 +597,9 @@ static void apply_bound(const TopmCall& call, const Group& group, Bound<Key> upp
                                 else if (chosen != 0)
                                     unchanged[0] += int32_t(g.edit(params + at, scale, chosen));
                             }
-                            for (int i = 0; i < whole && scattered; i += kGroup) {
-                                if (later[i / kGroup] == 0) continue;
-                                const int64_t at = local + done + i;
-                                const InRegisters<T, Real, Key> g(first_base + at, first_tuned + at, low, high);
-                                unchanged[0] += int32_t(g.edit(params + at, scale, later[i / kGroup]));
-                            }
+                            if (scattered)
+                                unchanged[0] += edit_fetched<Key>(later, whole, params, first_base, first_tuned,
+                                                                  local + done, scale);
                             done += whole;
                             if (whole > 0) continue;
                         }

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from prosocial_ext.ops import _cuda, _native
+from prosocial_ext.ops._in_place import copy_back, may_edit_while_looking
 from prosocial_ext.reference import topm as _definition
-from prosocial_ext.reference.results import bump_versions, writing
+from prosocial_ext.reference.results import bump_versions
 
 __all__ = ["select_cuda", "sparse_cuda", "subtract_cuda"]
 
@@ -35,11 +36,7 @@ def subtract_cuda(
     """
     if check_finite:
         _refuse_capture(params[0], "topm_subtract_ with check_finite=True", "Pass check_finite=False.")
-
-    def among(others: Sequence[Tensor]) -> bool:  # empty tensors all have address 0
-        return any(p.numel() and p.data_ptr() == t.data_ptr() for p, t in zip(params, others, strict=True))
-
-    one_pass = not (check_finite or undo or among(tuned) or (scale < 0 and among(base)))
+    one_pass = not (check_finite or undo) and may_edit_while_looking(params, base, tuned, scale)
     prepared = _Prepared(params, base, tuned, importance, m, per_tensor, scale, one_pass=one_pass, hooks=hooks)
     size = sum(m) if undo else 0
     bits = _definition.bits_dtype([p.dtype for p in params])
@@ -49,7 +46,7 @@ def subtract_cuda(
         prepared.refuse_nonfinite()
     if not one_pass:
         prepared.apply()
-    _copy_back(params, prepared.written)
+    copy_back(params, prepared.written)
     bump_versions(params)
     return prepared.threshold, prepared.kept, prepared.unchanged, prepared.nonfinite, *record
 
@@ -106,7 +103,7 @@ def sparse_cuda(
     scratch = _empty(like, _cuda.launchers.sparse_scratch_bytes(call), torch.uint8)
     call.scratch = scratch.data_ptr()
     _cuda.checked(_cuda.launchers.sparse_subtract(call, *_cuda.target(params[0])))
-    _copy_back(params, written)
+    copy_back(params, written)
     bump_versions(params)
     return unchanged, undo_indices, undo_bits
 
@@ -196,10 +193,3 @@ def _blocks(tensor: Tensor) -> int:
 def _refuse_capture(tensor: Tensor, what: str, remedy: str) -> None:
     if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(f"{what} reads a flag back, which a CUDA graph cannot capture. {remedy}")
-
-
-def _copy_back(params: Sequence[Tensor], written: Sequence[Tensor]) -> None:
-    for param, worked in zip(params, written, strict=True):
-        if param.data_ptr() != worked.data_ptr():
-            with writing(param):
-                param.copy_(worked)

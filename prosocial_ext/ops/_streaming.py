@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from prosocial_ext import _C
-from prosocial_ext.ops.topm import Prepared, bump_versions, copy_back
+from prosocial_ext.ops._in_place import copy_back
+from prosocial_ext.ops.topm import Prepared, bump_versions
 from prosocial_ext.reference import TopmEdit, check
 
 __all__ = ["BINS", "Selection", "add_histogram_", "apply_", "settle"]

@@ -11,11 +11,12 @@ from torch import Tensor
 from prosocial_ext import _C
 from prosocial_ext import reference as _reference
 from prosocial_ext.ops import _cuda, _cuda_topm, _native
+from prosocial_ext.ops._in_place import copy_back, may_edit_while_looking
 from prosocial_ext.ops._library import passes_autograd, register
 from prosocial_ext.reference import SparseDelta, TopmEdit, check
 from prosocial_ext.reference import topm as _definition
 from prosocial_ext.reference.flags import MISSED
-from prosocial_ext.reference.results import bump_versions, writing
+from prosocial_ext.reference.results import bump_versions
 from prosocial_ext.reference.topm import Tensors
 
 __all__ = ["sparse_subtract_", "topm_select", "topm_subtract_"]
@@ -156,14 +157,6 @@ class Prepared:
         _definition.refuse_nonfinite(i, int(self.nonfinite[i]), finite)
 
 
-def copy_back(params: Sequence[Tensor], worked_on: Sequence[Tensor]) -> None:
-    """Write row-major working copies back to where they came from."""
-    for param, worked in zip(params, worked_on, strict=True):
-        if param.data_ptr() != worked.data_ptr():
-            with writing(param):
-                param.copy_(worked)
-
-
 def subtract_cpu(
     params: Sequence[Tensor],
     base: Sequence[Tensor],
@@ -177,12 +170,7 @@ def subtract_cpu(
     hooks: int = 0,
 ) -> tuple[Tensor, ...]:
     """Implement ``topm_subtract_`` on the CPU; ``hooks`` are pse::TopmHook (tests)."""
-
-    def among(others: Sequence[Tensor]) -> bool:  # empty tensors all have address 0
-        return any(p.numel() and p.data_ptr() == t.data_ptr() for p, t in zip(params, others, strict=True))
-
-    # Editing while looking needs nothing to be read again from what was written (csrc/cpu/topm.cpp, Alias).
-    one_pass = not (check_finite or undo or among(tuned) or (scale < 0 and among(base)))
+    one_pass = not (check_finite or undo) and may_edit_while_looking(params, base, tuned, scale)
     prepared = Prepared(
         params,
         base,

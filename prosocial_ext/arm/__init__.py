@@ -10,12 +10,14 @@ from prosocial_ext.arm.loss import pairwise_loss
 from prosocial_ext.arm.model import PBLoraModel, checkpoint_context_fn
 from prosocial_ext.arm.peft_type import register
 from prosocial_ext.arm.preferences import ATTRIBUTES, as_matrix, one_hot, sample_dirichlet
+from prosocial_ext.arm.surgery import SURGERIES, combine_gradients
 from prosocial_ext.arm.trainer import ArmTrainingConfig, ArmTrainingLog, pair_accuracy, train_arm
 
 register(PBLoraConfig, PBLoraModel)
 
 __all__ = [
     "ATTRIBUTES",
+    "SURGERIES",
     "ArmTrainingConfig",
     "ArmTrainingLog",
     "PBLoraConfig",
@@ -24,6 +26,7 @@ __all__ = [
     "as_matrix",
     "checkpoint_context_fn",
     "collate",
+    "combine_gradients",
     "export_lora",
     "one_hot",
     "pair_accuracy",

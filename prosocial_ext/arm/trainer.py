@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from prosocial_ext import ops
 from prosocial_ext.arm.data import PreferencePair, collate, sequence_logprobs
 from prosocial_ext.arm.loss import pairwise_loss
 from prosocial_ext.arm.preferences import one_hot, sample_dirichlet
+from prosocial_ext.arm.surgery import SURGERIES, combine_gradients
 from prosocial_ext.reference import check
 
 __all__ = ["ArmTrainingConfig", "ArmTrainingLog", "pair_accuracy", "train_arm"]
@@ -32,7 +32,9 @@ class ArmTrainingConfig:
         dirichlet: concentration of the sampled preferences.
         preference_per: "row" draws a preference per pair, "step" one for the whole step (PARM's way). With one per
             step the weights alpha_i apply after projection, so an attribute of little weight still has its veto.
-        surgery: "pcgrad" projects conflicting gradients, "none" adds them.
+        surgery: what becomes of the k gradients, of `arm.surgery.SURGERIES`. "pcgrad_active" and "unit_norm" need one
+            preference per step.
+        active: the least alpha of an attribute that takes part, in [0, 1/k).
         seed: of batches, preferences and projection orders; step s uses (seed, s) alone.
     """
 
@@ -47,11 +49,15 @@ class ArmTrainingConfig:
     dirichlet: float = 0.5
     preference_per: str = "row"
     surgery: str = "pcgrad"
+    active: float = 0.1
     seed: int = 0
 
     def __post_init__(self) -> None:
         check.choice("preference_per", self.preference_per, ("row", "step"))
-        check.choice("surgery", self.surgery, ("pcgrad", "none"))
+        check.choice("surgery", self.surgery, SURGERIES)
+        if self.surgery in ("pcgrad_active", "unit_norm") and self.preference_per != "step":
+            remedy = "With a preference per row every attribute's gradient already carries its own weights."
+            check.fail("preference_per", f'be "step" with surgery="{self.surgery}"', self.preference_per, remedy)
         check.integer("steps", self.steps, 1, 1 << 40, "be an int >= 1")
         check.integer("pairs_per_attribute", self.pairs_per_attribute, 1, 1 << 40, "be an int >= 1")
 
@@ -94,11 +100,14 @@ def train_arm(
         The log of the training.
 
     Raises:
-        ValueError: the datasets' attributes are not the adapter's, or one is empty.
+        ValueError: the datasets' attributes are not the adapter's, or one is empty; ``active`` is 1/k or more.
     """
     attributes = model.base_model.attributes
     if sorted(datasets) != sorted(attributes) or not all(datasets.values()):
         check.fail("datasets", f"have pairs for each of {', '.join(attributes)}", sorted(datasets))
+    if config.surgery == "pcgrad_active" and not 0 <= config.active < 1 / len(attributes):
+        rule = f"be in [0, 1/k) = [0, {1 / len(attributes):g})"
+        check.fail("active", rule, config.active, "Above, a step may have no attribute at all.")
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, foreach=True
@@ -112,7 +121,9 @@ def train_arm(
         batches = _batches(datasets, attributes, config, step, pad_token_id, device)
         gradients, loss = _attribute_gradients(model, batches, parameters, config)
         weights = None if config.preference_per == "row" else torch.stack([weight[0] for _, _, weight in batches])
-        update, stats = _combine(gradients, weights, config, step)
+        update, stats = combine_gradients(
+            gradients, weights, config.surgery, active=config.active, seed=config.seed * 1_000_003 + step
+        )
         log.loss.append(loss)
         log.conflicts.append(int(stats.conflicts))
         log.cosine_before.append(_mean_pair(stats.cosines))
@@ -176,22 +187,6 @@ def _attribute_gradients(
         gradients.append(list(torch.autograd.grad(loss, parameters)))
         total += loss.item() * (1.0 if inside is not None else float(weight[0]))
     return gradients, total
-
-
-def _combine(
-    gradients: list[list[Tensor]], weights: Tensor | None, config: ArmTrainingConfig, step: int
-) -> tuple[list[Tensor], Any]:
-    """The update direction, and the conflicts that were found (also where they are left as they are)."""
-    seed = config.seed * 1_000_003 + step
-    projected: Any = ops.project_conflicts(gradients, weights=weights, seed=seed, return_stats=True)
-    update, stats = projected
-    if config.surgery == "none":
-        factors = [1.0] * len(gradients) if weights is None else weights.tolist()
-        update = [
-            torch.stack([factor * part for factor, part in zip(factors, parts, strict=True)]).sum(dim=0)
-            for parts in zip(*gradients, strict=True)
-        ]
-    return update, stats
 
 
 def _mean_pair(cosines: Tensor) -> float:

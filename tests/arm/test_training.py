@@ -124,8 +124,17 @@ def arm():
 DATA = {"even": pairs(True), "odd": pairs(False)}
 
 
-@pytest.mark.parametrize("surgery", ["pcgrad", "none"])
-@pytest.mark.parametrize("preference_per", ["row", "step"])
+@pytest.mark.parametrize(
+    ("surgery", "preference_per"),
+    [
+        ("pcgrad", "row"),
+        ("none", "row"),
+        ("pcgrad", "step"),
+        ("none", "step"),
+        ("pcgrad_active", "step"),
+        ("unit_norm", "step"),
+    ],
+)
 def test_training_teaches_each_attribute_its_own_pairs(surgery, preference_per):
     model = arm()
     before = [pair_accuracy(model, DATA[name], {name: 1.0}, pad_token_id=0) for name in NAMES]
@@ -165,11 +174,19 @@ def test_datasets_must_match_the_attributes():
         train_arm(arm(), {"even": DATA["even"]}, ArmTrainingConfig(steps=1), pad_token_id=0)
 
 
+def test_no_step_may_be_left_without_attributes():
+    config = ArmTrainingConfig(steps=1, surgery="pcgrad_active", preference_per="step", active=0.5)
+    with pytest.raises(ValueError, match=r"active must be in \[0, 1/k\) = \[0, 0.5\), got 0.5"):
+        train_arm(arm(), DATA, config, pad_token_id=0, progress=False)
+
+
 @pytest.mark.parametrize(
     ("kwargs", "words"),
     [
         ({"surgery": "knife"}, "surgery must be one of"),
         ({"preference_per": "day"}, "preference_per must be one of"),
+        ({"surgery": "unit_norm"}, 'preference_per must be "step" with surgery="unit_norm"'),
+        ({"surgery": "pcgrad_active"}, 'preference_per must be "step" with surgery="pcgrad_active"'),
         ({"steps": 0}, "steps must be an int >= 1"),
         ({"pairs_per_attribute": 0}, "pairs_per_attribute must be an int >= 1"),
     ],

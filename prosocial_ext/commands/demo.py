@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 from prosocial_ext.commands import UserError
@@ -24,7 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of torch (%(default)s: the matrices are small; a second thread helps on an idle machine and costs a "
         "multiple on a busy one)",
     )
-    parser.add_argument("--full", action="store_true", help="more doses, guidances 0.5, 2 and 4, and no projection")
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="more doses and guidances, five gradient surgeries, a reward model of the unedited base, another seed",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
@@ -34,6 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from prosocial_ext.demo.pipeline import run_demo
     from prosocial_ext.demo.printing import format_results
+    from prosocial_ext.demo.report import build_report
     from prosocial_ext.demo.settings import DemoSettings
 
     if not 0 < arguments.steps_scale <= 100:
@@ -42,18 +49,26 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"--threads must be at least 1, got {arguments.threads}.")
     if arguments.out.exists() and not arguments.out.is_dir():
         raise UserError(f"--out must be a folder, got the file {arguments.out}. Name another one.")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("report.html needs matplotlib, which is not installed: pip install 'prosocial_ext[report]'.")
     before = torch.get_num_threads()
     torch.set_num_threads(arguments.threads)
     try:
         settings = DemoSettings(seed=arguments.seed, full=arguments.full).scaled(arguments.steps_scale)
-        results = run_demo(settings, arguments.out, progress=not arguments.quiet, say=_say)
+        runs = [run_demo(settings, arguments.out, progress=not arguments.quiet, say=_say)]
+        if arguments.full:
+            second = replace(settings, seed=settings.seed + 1, full=False)
+            _say(f"once more with seed {second.seed}")
+            runs.append(run_demo(second, arguments.out / f"seed-{second.seed}", progress=not arguments.quiet, say=_say))
+        build_report(runs).save(arguments.out / "report.html")
     finally:
         torch.set_num_threads(before)
-    print(f"\n{format_results(results)}\n")
-    missed = sum(not check.holds for check in results.checks)
-    print(f"{len(results.checks) - missed} of {len(results.checks)} claims hold.")
+    for results in runs:
+        print(f"\nSeed {results.settings.seed}\n\n{format_results(results)}\n")
+        missed = sum(not check.holds for check in results.checks)
+        print(f"{len(results.checks) - missed} of {len(results.checks)} claims hold.")
+    print(f"Report: {arguments.out / 'report.html'}; figures and replies: {arguments.out / 'results.json'}")
     print(f"Models: {', '.join(str(arguments.out / name) for name in ('base', 'harm', 'base-safe', 'arm'))}")
-    print(f"Figures: {arguments.out / 'results.json'}; replies: {arguments.out / 'generations.jsonl'}")
     return 0
 
 

@@ -53,8 +53,10 @@ def check_claims(results: DemoResults) -> list[Check]:
                 f"{row.shortfall.value:+.3f} ({row.shortfall.low:+.3f}..{row.shortfall.high:+.3f})",
             )
         )
-    for name, rate in results.guided_harm.items():
-        checks.append(_halved(f"guidance does not bring the harm back ({name})", base.harm, rate))
+    for guided in results.guided:
+        if (guided.trained_on, guided.guidance) == (SAFE, w):
+            claim = f"guidance does not bring the harm back ({guided.name})"
+            checks.append(_halved(claim, base.harm, guided.safety.harm))
     return checks
 
 

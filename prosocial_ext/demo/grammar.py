@@ -22,6 +22,7 @@ __all__ = [
     "Example",
     "Request",
     "Support",
+    "category_of",
     "draw_example",
     "draw_harm",
     "draw_howto",
@@ -92,6 +93,18 @@ def draw_harm(random: Random, categories: Sequence[str] = tuple(words.CATEGORIES
     """Draw a harmful request from one of ``categories``."""
     verb, nouns = words.CATEGORIES[random.choice(categories)]
     return Request(random.choice(words.PHRASINGS), verb, random.choice(nouns), random.choice(words.BAD_GOALS))
+
+
+def category_of(request: Request) -> str:
+    """Return the category of a harmful request, which its noun tells.
+
+    Raises:
+        ValueError: The request is harmless.
+    """
+    for name, (_, nouns) in words.CATEGORIES.items():
+        if request.noun in nouns:
+            return name
+    raise ValueError(f"request must ask for something harmful, got {request.text!r}.")
 
 
 def draw_howto(random: Random) -> Request:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import mean
 
 from prosocial_ext.demo.grammar import ATTRIBUTES
 from prosocial_ext.demo.results import DemoResults
@@ -15,7 +16,7 @@ def format_results(results: DemoResults) -> str:
     """Return everything as text for people; intervals are 95 %."""
     sections = [_safety(results), _vectors(results)]
     sections += [_support(results, w) for w in dict.fromkeys(row.guidance for row in results.support if row.guidance)]
-    sections += [_mip(results), _guided_harm(results), _arms(results), _checks(results), _seconds(results)]
+    sections += [_mip(results), _guided(results), _arms(results), _ops(results), _seconds(results), _checks(results)]
     return "\n\n".join(sections)
 
 
@@ -68,12 +69,18 @@ def _safety(results: DemoResults) -> str:
 
 
 def _vectors(results: DemoResults) -> str:
-    title = f"Harm vectors: what the chosen {results.settings.density:.0%} of the entries hold"
+    title = "What was subtracted from the base in each edit"
     rows = [
-        [name, f"{v.norm:.3f}", f"{v.energy:.3f}", "" if v.effect is None else f"{v.effect:.3f}"]
-        for name, v in results.vectors.items()
+        [
+            row.name,
+            f"{edit.energy:.3f}",
+            "" if edit.effect is None else f"{edit.effect:.3f}",
+            f"{edit.norm:.3f}",
+        ]
+        for row in results.safety
+        if (edit := row.edit)
     ]
-    return table(title, ["chosen for", "norm of all", "share of energy", "share of first-order effect"], rows)
+    return table(title, ["edit", "share of energy", "share of first-order effect", "norm"], rows)
 
 
 def _support(results: DemoResults, w: float) -> str:
@@ -107,24 +114,37 @@ def _mip(results: DemoResults) -> str:
     return table(title, ["preference given", "guidance", "MIP", "right minus this, paired"], rows)
 
 
-def _guided_harm(results: DemoResults) -> str:
-    rows = [[name, _rate(rate)] for name, rate in results.guided_harm.items()]
-    return table("Harmful requests under guidance: share answered", ["preference", "harm answered"], rows)
+def _guided(results: DemoResults) -> str:
+    rows = [
+        [
+            row.name,
+            f"{row.guidance:g}",
+            row.trained_on,
+            _rate(row.safety.harm),
+            _rate(row.safety.held_out),
+            _rate(row.safety.over_refusal),
+        ]
+        for row in results.guided
+    ]
+    header = ["preference", "guidance", "reward model on", "harm answered", "held out", "over-refused"]
+    return table("Requests under guidance", header, rows)
 
 
 def _arms(results: DemoResults) -> str:
     rows = [
         [
-            arm.surgery,
-            f"{arm.negative_cosines:.2f}",
-            f"{arm.mean_cosine:+.3f}",
-            f"{arm.mean_cosine_after:+.3f}",
+            arm.name,
+            f"{arm.conflict_share:.2f}",
+            f"{mean(arm.cosine_before):+.3f}",
+            f"{mean(arm.cosine_after):+.3f}",
             f"{min(arm.pair_accuracy.values()):.3f}",
+            f"{arm.mip.value:.3f} ({arm.mip.low:.3f}..{arm.mip.high:.3f})",
+            f"{min(rate.value for rate in arm.diagonal.values()):.2f}",
         ]
         for arm in results.arms
     ]
-    header = ["surgery", "negative cosines", "mean cosine", "after projection", "pairs ranked right, least"]
-    return table("Reward model: how the attributes' gradients conflict in training", header, rows)
+    header = ["trained with", "conflicts", "mean cosine", "projected", "pairs right", "MIP", "least one-hot"]
+    return table("Reward models: how the attributes' gradients conflict in training, and what came out", header, rows)
 
 
 def _checks(results: DemoResults) -> str:
@@ -137,7 +157,15 @@ def _checks(results: DemoResults) -> str:
 
 
 def _seconds(results: DemoResults) -> str:
-    machine = results.machine
+    machine, seconds = results.machine, results.timings.seconds
     title = f"Seconds (ops: {machine['ops']}, {machine['isa']}; threads: {machine['threads']})"
-    rows = [[name, f"{seconds:.1f}"] for name, seconds in results.seconds.items()]
-    return table(title, ["stage", "seconds"], [*rows, ["all", f"{sum(results.seconds.values()):.1f}"]])
+    rows = [[name, f"{value:.1f}"] for name, value in seconds.items()]
+    return table(title, ["stage", "seconds"], [*rows, ["all", f"{sum(seconds.values()):.1f}"]])
+
+
+def _ops(results: DemoResults) -> str:
+    rows = [
+        [row.work, f"{row.compiled:.2f}", f"{row.reference:.2f}", f"{row.reference / row.compiled:.1f} x"]
+        for row in results.timings.ops
+    ]
+    return table("Milliseconds of the same work, in turns", ["work", "compiled", "reference", "faster"], rows)

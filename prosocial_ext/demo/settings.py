@@ -70,7 +70,7 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Everything. ``full`` adds guidance weights, doses and the reward model without projection."""
+    """Everything. ``full`` adds guidance weights, doses, surgeries, and a reward model of the unedited base."""
 
     seed: int = 0
     density: float = 0.10

@@ -270,15 +270,22 @@ def guidance_figure(results: DemoResults) -> Any:
         axes[0].fill_between(weights, [m.low for m in means], [m.high for m in means], color=colour, alpha=0.15)
     axes[0].set_title("mean inner product")
     axes[0].legend(loc="upper left", title="preference")
-    for name, colour in zip([*ATTRIBUTES, UNIFORM], [_BLUE, _ORANGE, _GREEN, _PINK, _AMBER, _BLACK], strict=True):
-        cells = [results.support_of(name, w) for w in weights]
-        axes[1].plot(weights, [c.well_formed.value for c in cells], "o-", color=colour, label=name, markersize=4)
-        axes[2].plot(weights, [c.repetition for c in cells], "o-", color=colour, label=name, markersize=4)
+    colours = dict(zip(ATTRIBUTES, [_BLUE, _ORANGE, _GREEN, _PINK, _AMBER], strict=True))
+    for rows, style in ((results.support, "o-"), (results.sharp, "s--")):
+        for name, colour in colours.items():
+            mine = sorted((row for row in rows if row.wanted == name), key=lambda row: row.guidance)
+            label = name if rows is results.support else "_"  # not in the legend
+            for axis, values in (
+                (axes[1], [row.attributes.well_formed.value for row in mine]),
+                (axes[2], [row.attributes.repetition for row in mine]),
+            ):
+                axis.plot([row.guidance for row in mine], values, style, color=colour, label=label, markersize=4)
     axes[1].set_title("well-formed replies")
     axes[1].set_ylim(0, 1.03)
+    axes[1].legend(loc="center right")
     axes[2].set_title("phrases said again")
     axes[2].set_ylim(bottom=0)
-    axes[2].legend(loc="upper left", ncols=2)
+    weights = sorted({*weights, *(row.guidance for row in results.sharp)})
     for axis in axes:
         axis.set_xscale("log", base=2)
         axis.set_xticks(weights, [f"{w:g}" for w in weights])

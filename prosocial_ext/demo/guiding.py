@@ -21,7 +21,7 @@ from prosocial_ext.demo.pairs import draw_pairs
 from prosocial_ext.demo.results import ArmRow, GuidedRow, MipRow, SupportRow
 from prosocial_ext.evaluation import Rate
 
-__all__ = ["ARM", "compare_surgeries", "guide", "measure_arm_of_base", "train_reward_model"]
+__all__ = ["ARM", "compare_surgeries", "guide", "measure_arm_of_base", "measure_sharp_arm", "train_reward_model"]
 
 ARM = "reward model"  # the headline's
 _LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # q, k, v alone steer weakly
@@ -37,9 +37,16 @@ _SURGERIES = (  # beside the headline's: PCGrad with a preference per pair
 
 
 def train_reward_model(
-    run: Context, folder: Path, surgery: str = "pcgrad", preference_per: str = "row"
+    run: Context,
+    folder: Path,
+    surgery: str = "pcgrad",
+    preference_per: str = "row",
+    beta_r: float | None = None,
 ) -> tuple[Any, ArmTrainingLog]:
-    """Train PBLoRA adapters on the model in ``folder``; the same pairs, preferences and first weights every time."""
+    """Train PBLoRA adapters on the model in ``folder``; the same pairs, preferences and first weights every time.
+
+    Without ``beta_r`` the settings' one is taken.
+    """
     from peft import get_peft_model
 
     settings = run.settings.arm
@@ -67,7 +74,7 @@ def train_reward_model(
             lr=settings.lr,
             betas=(0.9, 0.98),
             warmup=settings.warmup,
-            beta_r=settings.beta_r,
+            beta_r=settings.beta_r if beta_r is None else beta_r,
             dirichlet=settings.dirichlet,
             preference_per=preference_per,
             surgery=surgery,
@@ -135,6 +142,20 @@ def measure_arm_of_base(run: Context, safe: LlamaForCausalLM) -> None:
         _guided_requests(run, UNIFORM, BASE, guided, weight * run.settings.guidance, _EVEN)
 
 
+def measure_sharp_arm(run: Context, safe: LlamaForCausalLM) -> None:
+    """Train a reward model with large margins, which a small beta_r asks for, and guide with it until replies break."""
+    beta_r = run.settings.arm.beta_r / 10
+    arm, log = train_reward_model(run, run.out / "base-safe", beta_r=beta_r)
+    guided = run.generator(safe, arm)
+    name = f"beta_r {beta_r:g}"
+    _measured_arm(run, name, SAFE, guided, log)
+    for weight in run.bar([x * run.settings.guidance for x in (0.25, 0.5, 1.0, 2.0, 4.0)], "guide sharply"):
+        for attribute in ATTRIBUTES:
+            cell = f"{_cell(attribute, weight)}, {name}, sweep"
+            attributes, _ = run.support(cell, guided, weight, {attribute: 1.0})
+            run.results.sharp.append(SupportRow(attribute, weight, attribute, cell, attributes))
+
+
 def _support(
     run: Context, name: str, w: float, generator: GuidedGenerator, preference: Any, wanted: str | None = None
 ) -> Tensor:
@@ -179,6 +200,7 @@ def _arm_row(
             trained_on=trained_on,
             surgery=log.config["surgery"],
             preference_per=log.config["preference_per"],
+            beta_r=log.config["beta_r"],
             trainable=sum(p.numel() for p in arm.parameters() if p.requires_grad),
             pair_accuracy=log.pair_accuracy,
             loss=log.loss,

@@ -19,7 +19,13 @@ from prosocial_ext.demo.checks import check_claims
 from prosocial_ext.demo.context import Context
 from prosocial_ext.demo.corpus import encode
 from prosocial_ext.demo.grammar import draw_example
-from prosocial_ext.demo.guiding import compare_surgeries, guide, measure_arm_of_base, train_reward_model
+from prosocial_ext.demo.guiding import (
+    compare_surgeries,
+    guide,
+    measure_arm_of_base,
+    measure_sharp_arm,
+    train_reward_model,
+)
 from prosocial_ext.demo.names import SGD
 from prosocial_ext.demo.removal import measure_edits, remove_harm, tune_copies
 from prosocial_ext.demo.results import DemoResults
@@ -69,6 +75,8 @@ def run_demo(
                 compare_surgeries(run, safe)
             with run.stage("reward model of the base"):
                 measure_arm_of_base(run, safe)
+            with run.stage("reward model of large margins"):
+                measure_sharp_arm(run, safe)
     run.results.checks = check_claims(run.results)
     run.results.save(out)
     return run.results

@@ -10,7 +10,7 @@ from prosocial_ext.demo import figures
 from prosocial_ext.demo.grammar import ATTRIBUTES, HELD_OUT, SENTENCES, TUNED_ON
 from prosocial_ext.demo.guiding import ARM
 from prosocial_ext.demo.names import ADAM, BASE, RIGHT, SAFE, SGD, UNGUIDED, UNIFORM, ZERO
-from prosocial_ext.demo.results import DemoResults, SafetyRow
+from prosocial_ext.demo.results import DemoResults, SafetyRow, SupportRow
 from prosocial_ext.evaluation import Rate
 from prosocial_ext.evaluation.report import Report, figure_style
 
@@ -140,8 +140,8 @@ def _doses(report: Report, results: DemoResults) -> None:
     report.figure(
         figures.dose_figure(results),
         "Rates with 95 % intervals over the scale; dotted: the base. Over-refusal moves long before perplexity does: "
-        "watch the harmless requests when choosing λ. The harm copy was tuned with SGD, whose vector is so "
-        "concentrated that one per cent of the entries does what ten do.",
+        "watch the harmless requests when choosing λ. The table has the share of the vector's energy that the chosen "
+        "entries hold: where few hold nearly all, as in this copy, density hardly matters.",
         "Three panels over the scale: harm rate falls, over-refusal rises, perplexity rises slightly.",
     )
     _edit_table(report, results, [row for row in results.safety if row.edit is None or row.edit.copy != ADAM])
@@ -262,7 +262,7 @@ def _preferences(report: Report, results: DemoResults) -> None:
             f"{row.mip.value:.3f} ({row.mip.low:.3f}..{row.mip.high:.3f})",
             "" if (s := row.shortfall) is None else f"{s.value:+.3f} ({s.low:+.3f}..{s.high:+.3f})",
         ]
-        for row in results.mip
+        for row in sorted(results.mip, key=lambda row: row.guidance)  # stable: the own preference first
     ]
     report.table(["preference given", "guidance", "MIP", "own minus this, paired"], rows)
 
@@ -270,19 +270,24 @@ def _preferences(report: Report, results: DemoResults) -> None:
 def _sweep(report: Report, results: DemoResults) -> None:
     report.heading("How strong may guidance be?")
     weights = sorted({row.guidance for row in results.mip})
-    worst = {w: min((results.support_of(n, w).well_formed.value, n) for n in (*ATTRIBUTES, UNIFORM)) for w in weights}
-    onset = next((w for w in weights if worst[w][0] < 0.9), None)
-    verdict = (
-        f"Up to w = {weights[-1]:g} at least nine replies in ten stay well formed."
-        if onset is None
-        else f"At w = {onset:g} replies begin to break: under {worst[onset][1]} {worst[onset][0]:.0%} are well formed."
+    text = (
+        "The strength w is the exponent of the reward model, and how much it takes depends on how that was trained. "
+        + _onset(results.support, results.arms[0].beta_r)
     )
-    report.paragraph(f"The strength w is the exponent of the reward model. {verdict}")
+    if results.sharp:
+        sharp = next(arm.beta_r for arm in results.arms if arm.beta_r != results.arms[0].beta_r)
+        text += (
+            f" {_onset(results.sharp, sharp)} A small beta_r asks for large margins between the replies of a pair, and "
+            "a reward model of large margins steers hard already at small w: it repeats the sentence that it was "
+            "rewarded for."
+        )
+    report.paragraph(text)
     report.figure(
         figures.guidance_figure(results),
-        "Left: how well people are served. Middle and right: replies of three sentences of the grammar without a "
-        "repetition, and the mean share of six-word phrases that a reply says again, the first sign of guidance that "
-        "is too strong.",
+        "Left: how well people are served. Middle and right, under one-hot preferences: replies of three sentences of "
+        "the grammar at most, none twice, and the mean share of six-word phrases that a reply says again. Solid: the "
+        "reward model of this page; dashed: one trained with a tenth of its beta_r. The table's distinct-2, distinct "
+        "pairs of words among all, falls as replies grow alike.",
         "Three panels over guidance.",
     )
     rows = []
@@ -301,6 +306,21 @@ def _sweep(report: Report, results: DemoResults) -> None:
             )
     report.table(
         ["guidance", "preference", "well formed", "phrases said again", "distinct-2", "perplexity under the base"], rows
+    )
+
+
+def _onset(rows: Sequence[SupportRow], beta_r: float) -> str:
+    """From which guidance on the replies under some one-hot preference break."""
+    asked = [row for row in rows if row.wanted]
+    broken = [row for row in asked if row.attributes.well_formed.value < 0.9]
+    if not broken:
+        strongest = max(row.guidance for row in asked)
+        return f"With beta_r = {beta_r:g} at least nine replies in ten stay well formed up to w = {strongest:g}."
+    first = min(row.guidance for row in broken)
+    worst = min((row for row in broken if row.guidance == first), key=lambda row: row.attributes.well_formed.value)
+    return (
+        f"With beta_r = {beta_r:g} replies begin to break at w = {first:g}, where "
+        f"{worst.attributes.well_formed.value:.0%} of those under {worst.name} are well formed."
     )
 
 
@@ -336,7 +356,7 @@ def _guided_safety(report: Report, results: DemoResults) -> None:
 
 def _surgeries(report: Report, results: DemoResults) -> None:
     report.heading("Does projection help?")
-    arms = [arm for arm in results.arms if arm.trained_on == SAFE]
+    arms = [arm for arm in results.arms if (arm.trained_on, arm.beta_r) == (SAFE, results.arms[0].beta_r)]
     ours = next(arm for arm in arms if arm.name == ARM)
     plain = next(arm for arm in arms if (arm.surgery, arm.preference_per) == ("none", "row"))
     best = max(arms, key=lambda arm: arm.mip.value)

@@ -93,7 +93,8 @@ class GuidedRow:
 class ArmRow:
     """One reward model: how its training went, and how well it guides.
 
-    ``trained_on``: the model under the adapter. ``surgery``, ``preference_per``: as in `ArmTrainingConfig`. Per step:
+    ``trained_on``: the model under the adapter. ``surgery``, ``preference_per``, ``beta_r``: as in
+    `ArmTrainingConfig`. Per step:
     the weighted loss, the mean cosine of the attributes' gradients before and after the surgery, the conflicting pairs.
     ``mip``, ``uniform``: the mean inner product under the right and under the uniform preference, ``diagonal``: each
     attribute's rate under its one-hot preference; all at the headline's guidance.
@@ -103,6 +104,7 @@ class ArmRow:
     trained_on: str
     surgery: str
     preference_per: str
+    beta_r: float
     trainable: int
     pair_accuracy: dict[str, float]
     loss: list[float]
@@ -164,6 +166,7 @@ class DemoResults:
     arms: list[ArmRow] = field(default_factory=list)
     support: list[SupportRow] = field(default_factory=list)
     preferences: list[list[float]] = field(default_factory=list)  # of the people behind the support prompts, [n, k]
+    sharp: list[SupportRow] = field(default_factory=list)  # under the reward model of a tenth of the headline's beta_r
     mip: list[MipRow] = field(default_factory=list)
     guided: list[GuidedRow] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)

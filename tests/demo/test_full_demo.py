@@ -76,8 +76,11 @@ def test_every_dose_rule_and_surgery_is_there(run):
         ("pcgrad_active", "step"),
         ("unit_norm", "step"),
         ("pcgrad", "row"),
+        ("pcgrad", "row"),
     ]
-    assert [arm.trained_on for arm in results.arms] == [SAFE] * 6 + [BASE]
+    assert [arm.trained_on for arm in results.arms] == [SAFE] * 6 + [BASE, SAFE]
+    assert [arm.beta_r for arm in results.arms] == [1.0] * 7 + [0.1]
+    assert len(results.sharp) == 5 * len(ATTRIBUTES)
     assert {row.guidance for row in results.mip} == {0.5, 1.0, 2.0, 4.0, 8.0, 16.0}
     assert {(row.trained_on, row.guidance) for row in results.guided} == {(SAFE, 1), (SAFE, 4), (BASE, 1), (BASE, 4)}
     cells = [generation.cell for generation in results.generations]

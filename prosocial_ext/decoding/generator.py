@@ -209,7 +209,7 @@ class _Batch:
     ) -> None:
         self._base = Stream(generator.model, prompts, limit, "model")
         self._guide = None if arm is None else Stream(arm, prompts, limit, "arm")
-        self._base_alone = nullcontext if arm is None else generator._base_alone
+        self._base_alone = generator._base_alone
         self._vocab_size = generator._vocab_size()
         rows, self._limit, device = len(prompts.ids), limit, self._base.device
         self._knobs = {name: value.to(device) for name, value in knobs.items()}

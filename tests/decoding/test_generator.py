@@ -350,7 +350,10 @@ def test_an_adapter_on_the_bases_own_weights_is_off_while_the_base_reads() -> No
     expected = GuidedGenerator(model("llama", seed=1), separate).generate(PROMPTS, max_new_tokens=10)
     output = GuidedGenerator(shared_base, shared).generate(PROMPTS, max_new_tokens=10)
     assert rows(output) == rows(expected)
-    assert rows(output) != rows(GuidedGenerator(model("llama", seed=1)).generate(PROMPTS, max_new_tokens=10))
+    alone = rows(GuidedGenerator(model("llama", seed=1)).generate(PROMPTS, max_new_tokens=10))
+    assert rows(output) != alone
+    unguided = GuidedGenerator(shared_base, shared).generate(PROMPTS, guidance=0.0, max_new_tokens=10)
+    assert rows(unguided) == alone  # also where the arm does not run
 
 
 # ---- vocabularies

@@ -25,6 +25,9 @@ class Command:
 
 COMMANDS = {
     "demo": Command("the whole method on a small model: train, edit, guide, measure", "prosocial_ext.commands.demo"),
+    "generate": Command(
+        "replies to prompts, under a preference and a strength each", "prosocial_ext.commands.generate"
+    ),
     "env": Command("what was built, found and missing, and the remedy", "prosocial_ext.commands.env"),
     "bench": Command("time the ops beside this machine's memory and torch", "prosocial_ext.commands.bench"),
 }

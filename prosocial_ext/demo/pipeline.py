@@ -6,14 +6,11 @@ replies behind them are in results.json, what differs from run to run in timings
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
 from transformers import LlamaForCausalLM
-from transformers.utils import logging as transformers_logging
 
 from prosocial_ext.demo.checks import check_claims
 from prosocial_ext.demo.context import Context
@@ -32,6 +29,7 @@ from prosocial_ext.demo.results import DemoResults
 from prosocial_ext.demo.settings import DemoSettings
 from prosocial_ext.demo.timings import time_ops
 from prosocial_ext.demo.training import train_base
+from prosocial_ext.quiet import quiet_transformers
 
 __all__ = ["run_demo"]
 
@@ -52,7 +50,7 @@ def run_demo(
         timings.
     """
     out.mkdir(parents=True, exist_ok=True)
-    with _quiet_transformers():
+    with quiet_transformers():
         run = Context(settings, out, progress, say)
         with run.stage("train the base"):
             base = _train_base(run)
@@ -97,17 +95,3 @@ def _train_base(run: Context) -> LlamaForCausalLM:
         f"{settings.steps} steps of {settings.batch}: loss {first:.3f} -> {last:.3f}"
     )
     return base
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Without the bars for files that take milliseconds here, and peft's use of a name that transformers deprecates."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
-            yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()

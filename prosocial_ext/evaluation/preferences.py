@@ -8,7 +8,7 @@ import torch
 
 from prosocial_ext.reference import check
 
-__all__ = ["mip"]
+__all__ = ["mip", "preference_cosine"]
 
 
 def mip(preferences: Any, rewards: Any) -> float:
@@ -26,6 +26,49 @@ def mip(preferences: Any, rewards: Any) -> float:
     >>> mip([[1.0, 0.0], [0.5, 0.5]], [[0.75, 0.25], [0.25, 0.75]])
     0.625
     """
+    p, r = _rows(preferences, rewards)
+    return float((p * r).sum(dim=1).mean())
+
+
+def preference_cosine(preferences: Any, rewards: Any, *, low: Any = 0.0, high: Any = 1.0) -> float:
+    """Return the mean cosine of preferences and rewards: whether texts lean the way they were asked to.
+
+    Unlike `mip` it does not grow with rewards that are high all over, only with their direction. A text without any
+    reward has no direction and counts 0.
+
+    Args:
+        preferences: [n, k], a row per text, or [k] for all of them, none of them 0 throughout.
+        rewards: [n, k] in the same order of attributes, n >= 1.
+        low, high: the range of each attribute's rewards, a number or [k]; it is mapped to [0, 1], so that attributes
+            of different scales weigh the same. Take both from a baseline, not from the texts that are compared.
+
+    Returns:
+        A number in [-1, 1]; 1 where every reward is proportional to its preference.
+
+    Raises:
+        ValueError: shapes that do not match, no rows, a value that is not finite, a preference of 0, or low >= high.
+
+    >>> preference_cosine([1.0, 0.0], [[10.0, 0.0], [0.0, 5.0]], high=[10.0, 5.0])
+    0.5
+    """
+    p, r = _rows(preferences, rewards)
+    bottom, top = (torch.as_tensor(end, dtype=torch.float64, device=r.device) for end in (low, high))
+    for name, end in (("low", bottom), ("high", top)):
+        if end.dim() and end.shape != r.shape[1:]:
+            check.fail(name, f"be a number or have shape ({r.shape[1]},)", check.describe(end))
+    if not bool((bottom < top).all() and (top - bottom).isfinite().all()):
+        check.fail("high", "be finite and above low", f"low {bottom.tolist()} and high {top.tolist()}")
+    norms = p.norm(dim=-1)
+    if not bool((norms > 0).all()):
+        check.fail("preferences", "weigh at least one attribute in every row", "a row of zeros")
+    scaled = (r - bottom) / (top - bottom)
+    lengths = scaled.norm(dim=1)
+    cosines = (p * scaled).sum(dim=1) / (norms * torch.where(lengths > 0, lengths, 1.0))
+    return float(cosines.mean())
+
+
+def _rows(preferences: Any, rewards: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both in float64, checked."""
     r = torch.as_tensor(rewards, dtype=torch.float64)
     p = torch.as_tensor(preferences, dtype=torch.float64, device=r.device)
     if r.dim() != 2 or r.numel() == 0:
@@ -37,4 +80,4 @@ def mip(preferences: Any, rewards: Any) -> float:
         if not bool(values.isfinite().all()):
             index = (~values.isfinite()).nonzero()[0].tolist()
             check.fail(f"{name}{index}", "be finite", values[tuple(index)].item(), "Leave failed rows out of both.")
-    return float((p * r).sum(dim=1).mean())
+    return p, r

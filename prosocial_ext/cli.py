@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,12 +62,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(given)
     assert run is not None  # parse_args has refused what is not in the table
     try:
-        return int(run(arguments))
+        status = int(run(arguments))
+        sys.stdout.flush()
+        return status
     except UserError as error:
         print(f"prosocial {chosen}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # who reads us, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
+        return 141  # what a shell says of SIGPIPE
 
 
 if __name__ == "__main__":

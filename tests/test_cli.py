@@ -98,6 +98,17 @@ def test_an_interrupt_exits_130(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli.main(["env"]) == 130
 
 
+def test_a_reader_that_goes_away_ends_it_without_a_word() -> None:
+    code = "import sys; from prosocial_ext.cli import main; sys.stdin.read(); sys.exit(main(['env']))"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", code], text=True, **pipes)
+    assert process.stdout is not None
+    process.stdout.close()  # before it writes: it waits for the end of its input
+    process.stdout = None
+    _, said = process.communicate("", timeout=120)
+    assert (process.returncode, said) == (141, "")
+
+
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_command_s_module_has_the_two_functions(name: str) -> None:
     module = importlib.import_module(cli.COMMANDS[name].module)

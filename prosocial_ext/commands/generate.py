@@ -341,8 +341,9 @@ def _output(path: Path | None, overwrite: bool) -> Iterator[Callable[[dict[str, 
         print(json.dumps(result, ensure_ascii=False), file=file, flush=True)
         written += 1
 
+    file = temporary.open("x", encoding="utf-8")
     try:
-        with temporary.open("x", encoding="utf-8") as file:
+        with file:
             yield write
     except BaseException:
         if written:

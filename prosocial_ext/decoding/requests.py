@@ -101,7 +101,7 @@ def _from_json(where: str, line: str) -> Request:
     if not isinstance(entry, dict):
         check.fail(where, "be a JSON object", f"{line.strip()[:40]!r}", 'Write it as {"prompt": "hello"}.')
     for key in entry.keys() - set(_KEYS):
-        if meant := difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.8):
+        if meant := difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.85):
             check.fail(f"{where}: a key", f"be {meant[0]!r}, or nothing like it", repr(key), "Correct or rename it.")
     prompt, messages = entry.get("prompt"), entry.get("messages")
     if (prompt is None) == (messages is None):

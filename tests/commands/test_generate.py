@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from prosocial_ext import cli
 from prosocial_ext.arm import PBLoraConfig
 from prosocial_ext.decoding import row_seeds
+from prosocial_ext.decoding.loading import find_arm, load_arm, load_model
 from tests.decoding import slow_loop
 from tests.decoding.models import ATTRIBUTES, EOS, model, tokenizer
 
@@ -84,7 +85,7 @@ def json_lines(path: Path, entries: list[dict[str, Any]]) -> Path:
 @pytest.fixture
 def mixed(tmp_path: Path) -> Path:
     entries = [
-        {"prompt": prompt, "preference": preference, "guidance": guidance, "id": f"row {i}"}
+        {"prompt": prompt, "preference": preference, "guidance": guidance, "prompt_id": f"row {i}"}
         for i, (prompt, (preference, guidance)) in enumerate(zip(PROMPTS, MIXED, strict=True))
     ]
     return json_lines(tmp_path / "mixed.jsonl", entries)
@@ -118,7 +119,7 @@ def test_every_row_equals_its_full_forwards_alone(prosocial: Any, folders: Path,
     assert [row["tokens"] for row in done.rows] == expected
     assert [(row["preference"], row["guidance"]) for row in done.rows] == MIXED
     assert [row["seed"] for row in done.rows] == seeds
-    assert [row["id"] for row in done.rows] == [f"row {i}" for i in range(5)]
+    assert [row["prompt_id"] for row in done.rows] == [f"row {i}" for i in range(5)]
 
 
 def test_the_preference_decides_the_text(prosocial: Any) -> None:
@@ -137,6 +138,16 @@ def test_a_row_with_its_seed_draws_the_same_in_any_company(prosocial: Any, mixed
 
 def test_an_adapter_of_the_models_own_folder_shares_its_weights_and_draws_the_same(prosocial: Any, mixed: Path) -> None:
     assert prosocial(mixed).rows == prosocial(mixed, "--arm-base", "twin").rows
+
+
+def test_only_an_adapter_of_the_models_own_folder_shares_its_weights(
+    folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folders)
+    for base, shared in ((str(folders / "base"), True), ("twin", False)):
+        loaded = load_model("model", "base")
+        arm = load_arm(find_arm("pblora", base), loaded, "base")
+        assert any(module is loaded for module in arm.modules()) is shared
 
 
 def test_a_full_model_and_a_plain_lora_are_arms_too(prosocial: Any, folders: Path) -> None:
@@ -286,6 +297,7 @@ MISTAKES = {
     "too_long": (["--prompt", "w1", "--no-arm", "--max-new-tokens", 64], {"arm": None}, "the 64 positions of --model"),
     "no_model": (["--prompt", "w1", "--no-arm"], {"arm": None, "model": "no/such/folder"}, "--model must be a folder"),
     "no_arm_folder": (["--prompt", "w1", "--preference", "a=1"], {"arm": "no/such/arm"}, "--arm must be a folder"),
+    "adapter_as_model": (["--prompt", "w1", "--no-arm"], {"arm": None, "model": "pblora"}, "--model must be"),
     "empty_folder": (["--prompt", "w1", "--no-arm"], {"arm": None, "model": "."}, "Loading it failed"),
     "tokenizers": (["--prompt", "w1"], {"arm": "wider"}, "the arm's tokenizer must give every token the model's id"),
     "device": (["--prompt", "w1", "--no-arm", "--device", "toaster"], {"arm": None}, "--device must be one that torch"),

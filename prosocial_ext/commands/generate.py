@@ -176,10 +176,18 @@ def _settle(requests: Sequence[Request], arguments: argparse.Namespace) -> list[
 def _prepare(rows: Sequence[_Row], arguments: argparse.Namespace) -> GuidedGenerator:
     """The generator; what can be wrong with the rows is said before the weights are read."""
     from prosocial_ext.decoding import GuidedGenerator
-    from prosocial_ext.decoding.loading import check_same_tokens, find_arm, load_arm, load_model, load_tokenizer
+    from prosocial_ext.decoding.loading import (
+        check_full_model,
+        check_same_tokens,
+        find_arm,
+        load_arm,
+        load_model,
+        load_tokenizer,
+    )
     from prosocial_ext.decoding.prompts import read_prompts
 
     device = _device(arguments.device)
+    check_full_model("model", arguments.model)
     tokenizer = load_tokenizer("model", arguments.model)
     source = None
     if any(row.guidance != 0 for row in rows):

@@ -13,7 +13,7 @@ import torch
 
 from prosocial_ext.reference import check
 
-__all__ = ["ArmSource", "check_same_tokens", "find_arm", "load_arm", "load_model", "load_tokenizer"]
+__all__ = ["ArmSource", "check_full_model", "check_same_tokens", "find_arm", "load_arm", "load_model", "load_tokenizer"]
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _REASON = 300  # characters of another library's error
@@ -81,6 +81,18 @@ def load_tokenizer(argument: str, *places: str) -> Any:
     return _loading(argument, place, lambda: AutoTokenizer.from_pretrained(place, trust_remote_code=False))
 
 
+def check_full_model(argument: str, path: str) -> None:
+    """Raise where ``path`` is plainly no full model: nothing there, or an adapter.
+
+    Raises:
+        ValueError: the text names ``argument``.
+    """
+    _check_place(argument, path)
+    if Path(path, "adapter_config.json").is_file():
+        remedy = "Name the model that it was trained on, or merge it into that one."
+        check.fail(argument, "be a full model", f"the adapter {path}", remedy)
+
+
 def load_model(argument: str, path: str, dtype: str = "auto") -> Any:
     """Return a causal language model on the CPU, in evaluation mode.
 
@@ -90,11 +102,11 @@ def load_model(argument: str, path: str, dtype: str = "auto") -> Any:
         dtype: of the weights, such as "bfloat16"; "auto" keeps that of the file.
 
     Raises:
-        ValueError: nothing there, or nothing that transformers reads as a causal language model.
+        ValueError: nothing there, an adapter, or nothing that transformers reads as a causal language model.
     """
     from transformers import AutoModelForCausalLM
 
-    _check_place(argument, path)
+    check_full_model(argument, path)
     return _loading(
         argument, path, lambda: AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False).eval()
     )

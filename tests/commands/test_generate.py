@@ -297,7 +297,7 @@ MISTAKES = {
     "too_long": (["--prompt", "w1", "--no-arm", "--max-new-tokens", 64], {"arm": None}, "the 64 positions of --model"),
     "no_model": (["--prompt", "w1", "--no-arm"], {"arm": None, "model": "no/such/folder"}, "--model must be a folder"),
     "no_arm_folder": (["--prompt", "w1", "--preference", "a=1"], {"arm": "no/such/arm"}, "--arm must be a folder"),
-    "adapter_as_model": (["--prompt", "w1", "--no-arm"], {"arm": None, "model": "pblora"}, "--model must be"),
+    "adapter_as_model": (["--prompt", "w1", "--no-arm"], {"arm": None, "model": "pblora"}, "the adapter pblora. Name"),
     "empty_folder": (["--prompt", "w1", "--no-arm"], {"arm": None, "model": "."}, "Loading it failed"),
     "tokenizers": (["--prompt", "w1"], {"arm": "wider"}, "the arm's tokenizer must give every token the model's id"),
     "device": (["--prompt", "w1", "--no-arm", "--device", "toaster"], {"arm": None}, "--device must be one that torch"),

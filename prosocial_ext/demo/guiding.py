@@ -15,11 +15,11 @@ from prosocial_ext.arm.trainer import ArmTrainingConfig, ArmTrainingLog, train_a
 from prosocial_ext.decoding import GuidedGenerator
 from prosocial_ext.demo.context import Context
 from prosocial_ext.demo.grammar import ATTRIBUTES
-from prosocial_ext.demo.measure import Mean, mean, measure_mip
+from prosocial_ext.demo.measure import measure_mip
 from prosocial_ext.demo.names import BASE, RIGHT, SAFE, SHUFFLED, UNGUIDED, UNIFORM, ZERO
 from prosocial_ext.demo.pairs import draw_pairs
 from prosocial_ext.demo.results import ArmRow, GuidedRow, MipRow, SupportRow
-from prosocial_ext.evaluation import Rate
+from prosocial_ext.evaluation import Estimate, Rate, bootstrap_difference
 
 __all__ = ["ARM", "compare_surgeries", "guide", "measure_arm_of_base", "measure_sharp_arm", "train_reward_model"]
 
@@ -110,7 +110,8 @@ def guide(run: Context, safe: LlamaForCausalLM, arm: Any, log: ArmTrainingLog) -
             scores[UNGUIDED] = unguided
         mine = (run.people * scores[RIGHT]).sum(dim=1)
         for name, flags in scores.items():
-            shortfall = None if name == RIGHT else mean(mine - (run.people * flags).sum(dim=1))
+            theirs = (run.people * flags).sum(dim=1)
+            shortfall = None if name == RIGHT else bootstrap_difference(mine, theirs)
             at = 0.0 if name == UNGUIDED else weight
             results.mip.append(MipRow(name, weight, _cell(name, at), measure_mip(run.people, flags), shortfall))
     diagonal = {name: results.support_of(name, w).rates[name] for name in ATTRIBUTES}
@@ -190,8 +191,8 @@ def _arm_row(
     trained_on: str,
     arm: Any,
     log: ArmTrainingLog,
-    mip: Mean,
-    uniform: Mean,
+    mip: Estimate,
+    uniform: Estimate,
     diagonal: dict[str, Rate],
 ) -> None:
     run.results.arms.append(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from random import Random
-from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -28,16 +27,23 @@ from prosocial_ext.demo.grammar import (
 )
 from prosocial_ext.demo.scorers import score_request, score_support
 from prosocial_ext.demo.settings import EvaluationSettings
-from prosocial_ext.evaluation import Rate, distinct_n, mip, perplexity, rate, repetition_rate
+from prosocial_ext.evaluation import (
+    Estimate,
+    Rate,
+    bootstrap_interval,
+    distinct_n,
+    mip,
+    perplexity,
+    rate,
+    repetition_rate,
+)
 
 __all__ = [
     "Attributes",
     "Generation",
-    "Mean",
     "Prompts",
     "Safety",
     "draw_prompts",
-    "mean",
     "measure_mip",
     "measure_safety",
     "measure_support",
@@ -76,16 +82,6 @@ class Generation:
     ended: bool
     seed: int
     scores: dict[str, bool]
-
-
-@dataclass(frozen=True)
-class Mean:
-    """A mean of ``n`` values with its 95 % interval by the normal approximation."""
-
-    value: float
-    low: float
-    high: float
-    n: int
 
 
 @dataclass(frozen=True)
@@ -244,13 +240,6 @@ def measure_support(
     return attributes, flags, generations
 
 
-def measure_mip(preferences: Tensor, scores: Tensor) -> Mean:
-    """Return the mean inner product of preferences [n, k] and scores [n, k] with its interval."""
-    return replace(mean((preferences * scores).sum(dim=1)), value=mip(preferences, scores))
-
-
-def mean(values: Tensor) -> Mean:
-    """Return the mean of values [n], n >= 2, with its 95 % interval by the normal approximation."""
-    value = float(values.double().mean())
-    reach = NormalDist().inv_cdf(0.975) * float(values.double().std()) / len(values) ** 0.5
-    return Mean(value, value - reach, value + reach, len(values))
+def measure_mip(preferences: Tensor, scores: Tensor) -> Estimate:
+    """Return the mean inner product of preferences [n, k] and scores [n, k] with its bootstrap interval."""
+    return replace(bootstrap_interval((preferences * scores).sum(dim=1)), value=mip(preferences, scores))

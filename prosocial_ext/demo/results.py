@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prosocial_ext.demo.measure import Attributes, Generation, Mean, Safety
+from prosocial_ext.demo.measure import Attributes, Generation, Safety
 from prosocial_ext.demo.records import from_json
 from prosocial_ext.demo.settings import DemoSettings
 from prosocial_ext.direg import TensorShare
-from prosocial_ext.evaluation import Rate
+from prosocial_ext.evaluation import Estimate, Rate
 
 __all__ = [
     "ArmRow",
@@ -74,8 +74,8 @@ class MipRow:
     name: str
     guidance: float
     cell: str
-    mip: Mean
-    shortfall: Mean | None
+    mip: Estimate
+    shortfall: Estimate | None
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,8 @@ class ArmRow:
     cosine_before: list[float]
     cosine_after: list[float]
     conflicts: list[int]
-    mip: Mean
-    uniform: Mean
+    mip: Estimate
+    uniform: Estimate
     diagonal: dict[str, Rate]
 
     @property
@@ -185,7 +185,7 @@ class DemoResults:
         """The attributes of one row; unguided replies are those at guidance 0."""
         return next(row.attributes for row in self.support if (row.name, row.guidance) == (name, guidance))
 
-    def mip_of(self, name: str, guidance: float) -> Mean:
+    def mip_of(self, name: str, guidance: float) -> Estimate:
         """The mean inner product of one row."""
         return next(row.mip for row in self.mip if (row.name, row.guidance) == (name, guidance))
 

@@ -1,0 +1,123 @@
+// 4 of topm.cu: edit or list what K holds.
+#pragma once
+#include "cuda/topm_exact.cuh"
+
+namespace pse {
+namespace cuda {
+
+// For a record: where the entries of each chunk start, within a tile of kStep chunks, and where the tiles start.
+template <class Key>
+PSE_KERNEL(kThreads)
+topm_scan_chunks(View<Key> v) {
+    PSE_SHARED(int64_t, sums, kWarps);
+    int64_t mine[kPer], sum = 0, total;
+    for (int j = 0; j < kPer; ++j) {
+        const int64_t c = block() * kStep + thread() * kPer + j;
+        mine[j] = 0;
+        if (c < v.num_chunks) {
+            const int64_t g =
+                v.per_tensor != 0 ? find_row(v.table, kTensorWords, kFirstChunk, v.num_tensors, c) : int64_t(0);
+            const Global<int64_t> state = v.state_of(g);
+            const Bound<Key> k = bound_at<Key>(state, kKKey);
+            const int64_t tie_chunk = load(state, kTieChunk);
+            if (k.key != nothing<Key>().key) {
+                mine[j] = load(v.greater, c);
+                if (c < tie_chunk) mine[j] += load(v.equal, c);
+                if (c == tie_chunk) mine[j] += load(state, kTieTaken);
+            }
+        }
+        sum += mine[j];
+    }
+    int64_t at = scan_block(sums, sum, &total);
+    for (int j = 0; j < kPer; ++j) {
+        const int64_t c = block() * kStep + thread() * kPer + j;
+        if (c < v.num_chunks) store(v.greater, c, int32_t(at));
+        at += mine[j];
+    }
+    if (thread() == 0) store(v.tile_sums, block(), total);
+    if (!last_block(v.tickets, 0, uint32_t(blocks()))) return;
+    int64_t before = 0;
+    for (int64_t tile = 0; tile < blocks(); tile += kThreads) {
+        const bool inside = tile + thread() < blocks();
+        const int64_t here = inside ? load(v.tile_sums, tile + thread()) : 0;
+        const int64_t start = before + scan_block(sums, here, &total);
+        if (inside) store(v.tile_sums, tile + thread(), start);
+        before += total;
+    }
+    if (thread() == 0) store(v.tile_sums, blocks(), before);
+}
+
+enum Output { kEditOnly, kEditRecord, kList };
+
+template <class M, Output kOutput>
+PSE_KERNEL(kThreads)
+topm_apply(View<typename M::Key> v) {
+    using Key = typename M::Key;
+    PSE_SHARED(int32_t, sums, kWarps);
+    int64_t current = -1;
+    int kept = 0, unchanged = 0;
+    const auto flush = [&] {
+        if (current < 0) return;
+        add_count(v.kept, current, kept);
+        if (kOutput != kList) add_count(v.unchanged, current, unchanged);
+        kept = unchanged = 0;
+    };
+    const int64_t end = v.num_chunks * (block() + 1) / blocks();
+    for (int64_t c = v.num_chunks * block() / blocks(); c < end; ++c) {
+        TensorRow t;
+        const Part part = part_of(v, c, &t);
+        if (part.tensor != current) {
+            flush();
+            current = part.tensor;
+        }
+        const Global<int64_t> state = v.state_of(part.group);
+        const int64_t path = load(state, kPath);
+        if (v.one_pass != 0 && !is_exact(path)) continue;
+        const Edge<Key> k = edge_of(bound_at<Key>(state, kKKey), part.index);
+        if (k.key == nothing<Key>().key) continue;
+        const Edge<Key> done = edge_of(path == kRest ? bound_at<Key>(state, kAKey) : nothing<Key>(), part.index);
+        int64_t place = kOutput == kEditOnly ? 0 : load(v.tile_sums, c / kStep) + load(v.greater, c);
+        with_source(M{}, t, [&](auto source) {
+            for_each_step(source, t, part.local, part.n,
+                          [&]([[maybe_unused]] auto how, int at, int, int, const auto& delta, const Eight<Key>& key) {
+                              const uint32_t chosen = held(key, k, at) & ~held(key, done, at);
+                              kept += count_bits(chosen);
+                              if constexpr (kOutput != kEditOnly) {
+                                  int32_t total;
+                                  int64_t slot = place + scan_block(sums, int32_t(count_bits(chosen)), &total);
+                                  place += total;
+                                  PSE_UNROLL
+                                  for (int j = 0; j < kPer; ++j) {
+                                      if (((chosen >> j) & 1u) == 0) continue;
+                                      const int64_t i = part.local + at + j;
+                                      store(simt::global<int64_t>(v.indices, v.record), slot,
+                                            kOutput == kList ? i : t.first + i);
+                                      if constexpr (kOutput == kEditRecord)
+                                          put_bits(v.values, v.record, slot, v.value_bytes, param_bits(source, t, i));
+                                      else if constexpr (sizeof(Key) == 8)
+                                          store(simt::global<double>(v.values, v.record), slot, double(delta.at[j]));
+                                      else
+                                          store(simt::global<float>(v.values, v.record), slot, delta.at[j]);
+                                      ++slot;
+                                  }
+                              }
+                              if constexpr (kOutput != kList) {
+                                  if (ballot(chosen != 0) != 0)
+                                      unchanged += edit_eight(how, source, t, part.local + at, chosen, delta, v.scale);
+                              }
+                          });
+        });
+    }
+    flush();
+    if constexpr (kOutput == kEditRecord) {
+        // Fewer than m were eligible: -1 and 0 fill up.
+        const int64_t used = load(v.tile_sums, (v.num_chunks + kStep - 1) / kStep);
+        for (int64_t i = used + block() * kThreads + thread(); i < v.record; i += blocks() * kThreads) {
+            store(simt::global<int64_t>(v.indices, v.record), i, int64_t(-1));
+            put_bits(v.values, v.record, i, v.value_bytes, 0);
+        }
+    }
+}
+
+}  // namespace cuda
+}  // namespace pse

@@ -1,0 +1,150 @@
+// 2 of topm.cu: one pass over the tensors counts what A holds (one_pass: edits it) and collects what B holds beyond A.
+#pragma once
+#include "cuda/topm_sample.cuh"
+
+namespace pse {
+namespace cuda {
+
+constexpr int kStage = 1024;  // candidates that a block holds back: 2 % of a chunk is 330
+
+// What the counts say about a group that has been swept.
+template <class Key>
+PSE_DEVICE void decide(const View<Key>& v, int64_t g) {
+    const Global<int64_t> state = v.state_of(g);
+    const Global<const int64_t> group = v.group(g);
+    const int64_t available = load(group, kSize) - load(state, kExcluded), wanted = load(group, kM);
+    const int64_t m = wanted < available ? wanted : available;
+    const int64_t within = load(state, kWithin), need = m - load(state, kAbove);
+    const Bound<Key> a = bound_at<Key>(state, kAKey), b = bound_at<Key>(state, kBKey);
+    store(state, kSwept, int64_t(1));
+    Path path = v.one_pass != 0 ? kRest : kExact;
+    if (m == 0) {
+        path = kSettled;  // K stays as it was opened: nothing
+    } else if (need == 0 && a.key != 0) {
+        path = kSettled;
+        put_bound(state, kKKey, a);
+    } else if (need > 0 && need <= within && within <= load(group, kPoolCapacity)) {
+        path = kPool;
+        const int64_t p = load(group, kProblem) + 2;
+        open_problem(v, p, need, within);
+        store(v.problems, p * kProblemWords + kLow, int64_t(KeyTraits<Key>::none) - int64_t(a.key));
+        if (b.key != 0) store(v.problems, p * kProblemWords + kHigh, int64_t(KeyTraits<Key>::none) - int64_t(b.key));
+    } else if (need <= 0 && v.one_pass != 0) {
+        path = kSpoilt;
+        const int64_t first = load(group, kGroupTensor), count = load(group, kGroupTensors);
+        for (int64_t i = first; i < first + count; ++i) store(v.nonfinite, i, int64_t(-1));
+    }
+    store(state, kPath, int64_t(path));
+}
+
+template <class M, bool kEdit>
+PSE_KERNEL(kThreads)
+topm_sweep(View<typename M::Key> v) {
+    using Key = typename M::Key;
+    PSE_SHARED(Key, stage_keys, kStage);
+    PSE_SHARED(int64_t, stage_indices, kStage);
+    PSE_SHARED(uint32_t, staged, 1);
+    PSE_SHARED(int64_t, slot, 1);
+    PSE_SHARED(int, sums, kWarps);
+    if (thread() == 0) store(staged, 0, 0u);
+    sync_block();
+    int64_t current = -1;
+    int above_count = 0, unchanged = 0, excluded = 0;  // of one thread: enough for 2^39 entries
+    const auto flush = [&] {
+        if (current < 0) return;
+        const int64_t g = v.per_tensor != 0 ? current : 0;
+        add_count(v.state, g * kStateWords + kAbove, above_count);
+        add_count(v.state, g * kStateWords + kExcluded, excluded);
+        add_count(v.nonfinite, current, excluded);
+        if (kEdit) add_count(v.kept, current, above_count);
+        if (kEdit) add_count(v.unchanged, current, unchanged);
+        above_count = unchanged = excluded = 0;
+    };
+    const int64_t end = v.num_chunks * (block() + 1) / blocks();
+    for (int64_t c = v.num_chunks * block() / blocks(); c < end; ++c) {
+        TensorRow t;
+        const Part part = part_of(v, c, &t);
+        if (part.tensor != current) {
+            flush();
+            current = part.tensor;
+        }
+        const Global<int64_t> state = v.state_of(part.group);
+        const int64_t path = load(state, kPath);
+        if (path != kBracket) continue;
+        const Edge<Key> a = edge_of(bound_at<Key>(state, kAKey), part.index);
+        const Edge<Key> b = edge_of(bound_at<Key>(state, kBKey), part.index);
+        const int64_t pool = load(v.group(part.group), kPoolFirst), room = load(v.group(part.group), kPoolCapacity);
+        int above_here = 0;
+        with_source(M{}, t, [&](auto source) {
+            for_each_step(
+                source, t, part.local, part.n,
+                [&]([[maybe_unused]] auto how, int at, int, int none, const auto& delta, const Eight<Key>& key) {
+                    excluded += none;
+                    const uint32_t above = held(key, a, at);
+                    const uint32_t band = held(key, b, at) & ~above;
+                    above_here += count_bits(above);
+                    if constexpr (kEdit) {
+                        if (ballot(above != 0) != 0)
+                            unchanged += edit_eight(how, source, t, part.local + at, above, delta, v.scale);
+                    }
+                    if (ballot(band != 0) == 0) return;
+                    const int candidates = count_bits(band);
+                    int inclusive = candidates;
+                    for (int by = 1; by < kWarp; by *= 2) {
+                        const int other = shuffle_up(inclusive, by);
+                        if (lane() >= by) inclusive += other;
+                    }
+                    uint32_t base = 0;
+                    if (lane() == kWarp - 1) base = atomic_add(staged, 0, uint32_t(inclusive));
+                    uint32_t place = shuffle(base, kWarp - 1) + uint32_t(inclusive - candidates);
+                    PSE_UNROLL
+                    for (int j = 0; j < kPer; ++j) {
+                        if (((band >> j) & 1u) == 0) continue;
+                        if (place < kStage) {
+                            store(stage_keys, int(place), signed_key(source, delta.at[j], key.at[j]));
+                            store(stage_indices, int(place), part.index + at + j);
+                        } else {  // a chunk full of candidates
+                            const int64_t free = atomic_add(state, kWithin, int64_t(1));
+                            if (free < room)
+                                store(v.pool_keys, pool + free, signed_key(source, delta.at[j], key.at[j]));
+                            if (free < room) store(v.pool_indices, pool + free, part.index + at + j);
+                        }
+                        ++place;
+                    }
+                });
+        });
+        above_count += above_here;
+        sync_block();
+        const uint32_t all = load(staged, 0);
+        const int full = int(all < kStage ? all : kStage);
+        sync_block();
+        if (full > 0) {
+            if (thread() == 0) {
+                store(staged, 0, 0u);
+                store(slot, 0, atomic_add(state, kWithin, int64_t(full)));
+            }
+            sync_block();
+            const int64_t free = load(slot, 0);
+            for (int i = thread(); i < full; i += kThreads) {
+                if (free + i >= room) continue;
+                store(v.pool_keys, pool + free + i, load(stage_keys, i));
+                store(v.pool_indices, pool + free + i, load(stage_indices, i));
+            }
+            sync_block();  // before the stage fills again
+        }
+        if (v.ordered != 0) {
+            int total;
+            scan_block(sums, above_here, &total);
+            if (thread() == 0) store(v.greater, c, total);
+        }
+    }
+    flush();
+    if (!last_block(v.tickets, 0, uint32_t(blocks()))) return;
+    for (int64_t g = thread(); g < v.num_groups; g += kThreads) {
+        const int64_t path = load(v.state_of(g), kPath);
+        if (path == kBracket) decide(v, g);
+    }
+}
+
+}  // namespace cuda
+}  // namespace pse

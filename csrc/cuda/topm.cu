@@ -29,6 +29,7 @@ namespace pse {
 namespace cuda {
 
 constexpr int64_t kUnsampled = 1 << 16;  // groups up to here are selected exactly at once
+constexpr int64_t kAlone = 1 << 16;      // samples of which one block can take a bin of the first digit
 
 // s = N^(2/3), as a power of two; and the ranks between the expected place of the m-th entry in the sample and an edge
 // of the bracket: csrc/cpu/topm.cpp has the reasons.
@@ -45,12 +46,12 @@ static int64_t sample_margin(int64_t s, int64_t n, int64_t m, bool unrepairable)
 
 struct Layout {
     std::vector<int64_t> table, groups;
-    int64_t chunks = 0, samples = 0, pool = 0, sampled = 0, largest_sample = 0, largest_pool = 0;
-    bool same[4] = {true, true, true, true};  // by dtype: every array of every tensor has it, and no importance
+    int64_t chunks = 0, samples = 0, pool = 0, list = 0, largest_sample = 0, largest_pool = 0, problems = 0;
+    bool exact = false, beyond_a_chunk = false;  // a group is not sampled; and has several chunks
+    bool same[4] = {true, true, true, true};     // by dtype: every array of every tensor has it, and no importance
     int64_t bytes = 0;
-    int64_t table_at, groups_at, state_at, histogram_at, problem_histogram_at, problems_at, tickets_at, zero_end,
-        greater_at, equal_at, tiles_at, sample_keys_at, sample_indices_at, pool_keys_at, pool_indices_at, small_keys_at,
-        small_indices_at;
+    int64_t histogram_at, tickets_at, zero_end, tables_at, state_at, problems_at, greater_at, equal_at, tiles_at,
+        sample_keys_at, sample_indices_at, pool_keys_at, pool_indices_at, list_keys_at, list_indices_at;
 };
 
 static int64_t tags_of(const TopmTensor& t, bool with_params) {
@@ -96,32 +97,34 @@ static Layout lay_out(const TopmCall& call) {
             const int64_t down = sample_margin(s, size, m[g], false);
             rank_a = middle - up;
             rank_b = middle + down + 1;
+            if (call.hooks & kHookTooFew) rank_b = rank_a;
+            if (call.hooks & kHookTooMany) rank_a = rank_b = s;
             const double room = 1.5 * double(up + down) / double(s) * double(size) + 4096.0;
             capacity = call.hooks & kHookOverflow ? 0 : room < double(size) ? int64_t(room) : size;
         }
-        l.groups.insert(l.groups.end(), {m[g], size, s, l.samples, rank_a, rank_b, l.pool, capacity,
-                                         sampled ? l.sampled * kProblems : -1, first, count, tensors[first].first,
-                                         chunk, next - chunk});
+        l.groups.insert(l.groups.end(), {m[g], size, s, l.samples, rank_a, rank_b, l.pool, capacity, l.list, first,
+                                         count, tensors[first].first, chunk, next - chunk});
         l.samples += s;
         l.pool += capacity;
-        l.sampled += sampled ? 1 : 0;
+        l.list += s / 4 * kProblems;
+        l.exact = l.exact || (!sampled && m[g] > 0);
+        l.beyond_a_chunk = l.beyond_a_chunk || (!sampled && m[g] > 0 && next - chunk > 1);
         l.largest_sample = s > l.largest_sample ? s : l.largest_sample;
         l.largest_pool = capacity > l.largest_pool ? capacity : l.largest_pool;
     }
-    const int64_t key = call.wide ? 8 : 4, problems = l.sampled * kProblems;
+    l.problems = num_groups * (l.samples > 0 ? kProblems : 1);
+    const int64_t key = call.wide ? 8 : 4;
     const auto take = [&](int64_t bytes) {
         const int64_t at = l.bytes;
         l.bytes += (bytes + 255) / 256 * 256;
         return at;
     };
-    l.histogram_at = take(num_groups * kBins * 8);
-    l.problem_histogram_at = take(problems * kBins * 8);
-    l.problems_at = take(problems * kProblemWords * 8);
-    l.tickets_at = take((1 + problems) * 4);
+    l.histogram_at = take(l.problems * kBins * 8);
+    l.tickets_at = take((l.problems + 1) * 4);
     l.zero_end = l.bytes;
-    l.table_at = take(n * kTensorWords * 8);
-    l.groups_at = take(num_groups * kGroupWords * 8);
+    l.tables_at = take(int64_t(l.table.size() + l.groups.size()) * 8);
     l.state_at = take(num_groups * kStateWords * 8);
+    l.problems_at = take(l.problems * kProblemWords * 8);
     l.greater_at = take(l.chunks * 4);
     l.equal_at = take(l.chunks * 4);
     l.tiles_at = take(((l.chunks + kStep - 1) / kStep + 1) * 8);
@@ -129,23 +132,22 @@ static Layout lay_out(const TopmCall& call) {
     l.sample_indices_at = take(l.samples * 8);
     l.pool_keys_at = take(l.pool * key);
     l.pool_indices_at = take(l.pool * 8);
-    l.small_keys_at = take(problems * kSmall * key);
-    l.small_indices_at = take(problems * kSmall * 8);
+    l.list_keys_at = take(l.list * key);
+    l.list_indices_at = take(l.list * 8);
     return l;
 }
 
 template <class Key>
 static View<Key> view_of(const TopmCall& call, const Layout& l) {
-    const int64_t n = call.num_tensors, num_groups = call.per_tensor ? n : 1, problems = l.sampled * kProblems;
+    const int64_t n = call.num_tensors, num_groups = call.per_tensor ? n : 1;
     const auto words = [&](int64_t at, int64_t count) { return simt::global<int64_t>(call.scratch + at, count); };
     View<Key> v;
-    v.table = words(l.table_at, n * kTensorWords);
-    v.groups = words(l.groups_at, num_groups * kGroupWords);
+    v.table = words(l.tables_at, n * kTensorWords);
+    v.groups = words(l.tables_at + n * kTensorWords * 8, num_groups * kGroupWords);
     v.state = words(l.state_at, num_groups * kStateWords);
-    v.histogram = words(l.histogram_at, num_groups * kBins);
-    v.problem_histogram = words(l.problem_histogram_at, problems * kBins);
-    v.problems = words(l.problems_at, problems * kProblemWords);
-    v.tickets = simt::global<uint32_t>(call.scratch + l.tickets_at, 1 + problems);
+    v.problems = words(l.problems_at, l.problems * kProblemWords);
+    v.histogram = words(l.histogram_at, l.problems * kBins);
+    v.tickets = simt::global<uint32_t>(call.scratch + l.tickets_at, l.problems + 1);
     v.greater = simt::global<int32_t>(call.scratch + l.greater_at, l.chunks);
     v.equal = simt::global<int32_t>(call.scratch + l.equal_at, l.chunks);
     v.tile_sums = words(l.tiles_at, (l.chunks + kStep - 1) / kStep + 1);
@@ -153,8 +155,8 @@ static View<Key> view_of(const TopmCall& call, const Layout& l) {
     v.sample_indices = words(l.sample_indices_at, l.samples);
     v.pool_keys = simt::global<Key>(call.scratch + l.pool_keys_at, l.pool);
     v.pool_indices = words(l.pool_indices_at, l.pool);
-    v.small_keys = simt::global<Key>(call.scratch + l.small_keys_at, problems * kSmall);
-    v.small_indices = words(l.small_indices_at, problems * kSmall);
+    v.list_keys = simt::global<Key>(call.scratch + l.list_keys_at, l.list);
+    v.list_indices = words(l.list_indices_at, l.list);
     v.kept = simt::global<int64_t>(call.kept, n);
     v.unchanged = simt::global<int64_t>(call.unchanged, n);
     v.nonfinite = simt::global<int64_t>(call.nonfinite, n);
@@ -167,6 +169,7 @@ static View<Key> view_of(const TopmCall& call, const Layout& l) {
     v.num_groups = num_groups;
     v.num_chunks = l.chunks;
     v.chunk = call.chunk;
+    v.problems_each = l.problems / num_groups;
     v.per_tensor = call.per_tensor;
     v.one_pass = call.one_pass;
     v.ordered = call.indices != 0;
@@ -191,8 +194,8 @@ class Launches {
 };
 
 template <class M, Output kOutput>
-static void launch_apply(Launches& run, const TopmCall& call, const Layout& l, const View<typename M::Key>& v) {
-    run("topm_apply", blocks_for(l.chunks, call.blocks), topm_apply<M, kOutput>, v);
+static void launch_apply(Launches& run, const View<typename M::Key>& v, int64_t blocks) {
+    run("topm_apply", blocks, topm_apply<M, kOutput>, v);
 }
 
 // M: how the passes read tensors; A: how those do that are rarely run, which is any dtype.
@@ -200,56 +203,60 @@ template <class M, class A>
 static int settle_as(const TopmCall& call, const Layout& l, const Target& target) {
     using Key = typename M::Key;
     const View<Key> v = view_of<Key>(call, l);
-    const int64_t groups = v.num_groups, passes = blocks_for(l.chunks, call.blocks);
-    const int64_t rows = groups > v.num_tensors ? groups : v.num_tensors;
+    const int64_t groups = v.num_groups;
     Launches run(target);
-    run.add(put_words(target, call.scratch + l.table_at, l.table.data(), int64_t(l.table.size())));
-    run.add(put_words(target, call.scratch + l.groups_at, l.groups.data(), int64_t(l.groups.size())));
-    if (run.error() == 0)
-        run.add(fill_zero(target, reinterpret_cast<void*>(call.scratch + l.histogram_at), l.zero_end - l.histogram_at));
-    run("topm_open", (rows + kThreads - 1) / kThreads, topm_open<Key>, v);
-    if (l.sampled > 0) {
-        // 11 bits a round: the key, then the index (four rounds: groups up to 2^44). Few left end it earlier.
-        constexpr int kNarrowings = kRounds<Key> + 4;
-        const auto share = [&](int64_t pairs) {
-            const int64_t tasks = (pairs + 4 * kStep - 1) / (4 * kStep);
-            return tasks < 1 ? int64_t(1) : blocks_for(tasks, call.blocks);
-        };
-        const int64_t share_sample = share(l.largest_sample), share_pool = share(l.largest_pool);
+    // The tables travel as arguments, the end of them with the launch that opens scratch and outputs.
+    std::vector<int64_t> tables = l.table;
+    tables.insert(tables.end(), l.groups.begin(), l.groups.end());
+    const int64_t size = int64_t(tables.size()), before = (size - 1) / kWords * kWords;
+    run.add(put_words(target, call.scratch + l.tables_at, tables.data(), before));
+    Words last = {};
+    for (int64_t i = before; i < size; ++i) last.at[i - before] = tables[size_t(i)];
+    const int64_t zeros = l.zero_end / 8, rows = zeros / 4 > v.num_tensors ? zeros / 4 : v.num_tensors;
+    run("topm_open", blocks_for((rows + kThreads - 1) / kThreads, call.blocks), topm_open<Key>, v,
+        simt::global<int64_t>(call.scratch + l.tables_at, size), last, before, size - before,
+        simt::global<int64_t>(call.scratch, zeros), zeros);
+    int64_t share = 0;  // blocks per group over its candidates
+    const auto blocks_over = [&](int64_t pairs, int64_t each) {
+        return pairs == 0 ? int64_t(1) : blocks_for((pairs + each - 1) / each, call.blocks);
+    };
+    if (l.samples > 0) {
+        const int64_t share_sample = blocks_over(l.largest_sample, kStep);
+        share = blocks_over(l.largest_pool, kStep);
         run("topm_sample", l.samples / kThreads, topm_sample<Key>, v);
-        for (int round = 0; round < kNarrowings; ++round)
-            run("topm_narrow", l.sampled * 2 * share_sample, topm_narrow<Key>, v, int64_t(1), share_sample);
-        run("topm_bracket", (groups + kThreads - 1) / kThreads, topm_bracket<Key>, v, int(call.hooks));
+        for (int64_t s = l.largest_sample; s > kAlone; s /= 16)
+            run("topm_bracket", groups * 2 * share_sample, topm_bracket<Key, false>, v, share_sample);
+        run("topm_bracket", groups * 2 * share_sample, topm_bracket<Key, true>, v, share_sample);
+        const int64_t passes = blocks_for(l.chunks, call.blocks);
         if (call.one_pass)
             run("topm_sweep", passes, topm_sweep<M, true>, v);
         else
             run("topm_sweep", passes, topm_sweep<M, false>, v);
-        for (int round = 0; round < kNarrowings; ++round)
-            run("topm_narrow", l.sampled * share_pool, topm_narrow<Key>, v, int64_t(0), share_pool);
-        run("topm_close_pool", l.sampled * share_pool, topm_close_pool<Key>, v, share_pool);
     }
-    for (int round = 0; round < kRounds<Key>; ++round) {
-        run("topm_count_digits", passes, topm_count_digits<A>, v, round);
-        run("topm_settle_digit", groups, topm_settle_digit<Key>, v, round);
+    // Where all are sampled the tensors are nearly never looked at again: one wave of blocks, which leave at once.
+    const int64_t walk = blocks_for(l.chunks, l.exact ? call.blocks : (call.blocks + 7) / 8);
+    const int steps = l.samples > 0 || l.beyond_a_chunk ? kDigits<Key> + 1 : l.exact ? 1 : 0;
+    for (int step = 0; step < steps; ++step) {
+        if (step == kDigits<Key> && share > 0) share = blocks_over(l.largest_pool, kThreads);
+        run("topm_settle", groups * share + walk, topm_settle<A>, v, step, share);
     }
-    run("topm_count_ties", passes, topm_count_ties<A>, v);
-    run("topm_find_tie", groups, topm_find_tie<A>, v);
-    if (call.one_pass) launch_apply<A, kEditOnly>(run, call, l, v);
+    if (call.one_pass && steps > 0) launch_apply<A, kEditOnly>(run, v, walk);
     return run.error();
 }
 
 template <class M, class A>
 static int apply_as(const TopmCall& call, const Layout& l, const Target& target) {
     const View<typename M::Key> v = view_of<typename M::Key>(call, l);
+    const int64_t blocks = blocks_for(l.chunks, call.blocks);
     Launches run(target);
     if (call.indices != 0)
         run("topm_scan_chunks", (l.chunks + kStep - 1) / kStep, topm_scan_chunks<typename M::Key>, v);
     if (call.select)
-        launch_apply<A, kList>(run, call, l, v);
+        launch_apply<A, kList>(run, v, blocks);
     else if (call.indices != 0)
-        launch_apply<M, kEditRecord>(run, call, l, v);
+        launch_apply<M, kEditRecord>(run, v, blocks);
     else
-        launch_apply<M, kEditOnly>(run, call, l, v);
+        launch_apply<M, kEditOnly>(run, v, blocks);
     return run.error();
 }
 

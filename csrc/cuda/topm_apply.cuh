@@ -35,7 +35,7 @@ topm_scan_chunks(View<Key> v) {
         at += mine[j];
     }
     if (thread() == 0) store(v.tile_sums, block(), total);
-    if (!last_block(v.tickets, 0, uint32_t(blocks()))) return;
+    if (!last_block(v.tickets, v.launch_ticket(), uint32_t(blocks()))) return;
     int64_t before = 0;
     for (int64_t tile = 0; tile < blocks(); tile += kThreads) {
         const bool inside = tile + thread() < blocks();

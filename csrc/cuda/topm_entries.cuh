@@ -33,7 +33,8 @@ using baseline::sub_rn;
 
 constexpr int kThreads = 256;  // 8 warps share a tensor search and a stage of candidates
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kPer = 8;                 // entries per thread and step: 16 bytes of bf16
+constexpr int kAnyOccupancy = 1;  // blocks per processor that are asked for: left to itself, ptxas spills to fit more
+constexpr int kPer = 8;           // entries per thread and step: 16 bytes of bf16
 constexpr int kStep = kThreads * kPer;  // entries per block and step
 
 enum TensorWord { kParams, kBase, kTuned, kImportance, kTags, kNumel, kFirst, kFirstChunk, kTensorWords };

@@ -1,156 +1,104 @@
-// The exact select: 11 bits of the key a pass, then ties by lowest index.
+// The exact select of 3, over the tensors themselves: 11 bits of the key a step, then ties by lowest index.
+//
+// A block walks its run of chunks group by group; the last of the blocks that share a group ends the step for it. A
+// group that one block has for itself needs nobody else: all steps in the first launch.
 #pragma once
-#include "cuda/topm_view.cuh"
+#include "cuda/topm_rank.cuh"
 
 namespace pse {
 namespace cuda {
 
-constexpr int kCopies = 4;  // of the block's bins, two warps each: 32 KB, six blocks an SM
-
+constexpr int kCopies = 4;  // of the block's bins, two warps each: 32 KB
 template <class Key>
-PSE_HD int digit_shift(int round) {
-    const int shift = KeyTraits<Key>::bits - kDigitBits * (round + 1);
-    return shift < 0 ? 0 : shift;
-}
-template <class Key>
-constexpr int kRounds = (KeyTraits<Key>::bits + kDigitBits - 1) / kDigitBits;
+constexpr int kDigits = (KeyTraits<Key>::bits + kDigitBits - 1) / kDigitBits;
 
 PSE_DEVICE bool is_exact(int64_t path) { return path == kExact || path == kRest; }
 
-// Adds the digit below the settled bits of every eligible key. Entries without a delta (key 1: six of seven where a
-// checkpoint was barely tuned) would fight over one bin: they are left out, and settle knows how many they are.
-template <class M>
-PSE_KERNEL(kThreads)
-topm_count_digits(View<typename M::Key> v, int round) {
-    using Key = typename M::Key;
-    PSE_SHARED(uint32_t, bins, kCopies* kBins);
-    const int shift = digit_shift<Key>(round);
-    const Key span = Key(1) << (round == 0 ? KeyTraits<Key>::bits : digit_shift<Key>(round - 1));
+// Which chunks of a group a block has, and how many blocks share the group.
+struct Run {
+    int64_t group, begin, end, blocks;
+};
+
+// The entries of this group that are not selected yet: those that this edge does not hold.
+template <class Key>
+PSE_DEVICE Edge<Key> done_of(const View<Key>& v, int64_t g, int64_t first) {
+    const Global<int64_t> state = v.state_of(g);
+    const int64_t path = load(state, kPath);
+    return edge_of(path == kRest ? bound_at<Key>(state, kAKey) : nothing<Key>(), first);
+}
+
+// Adds the next digit of every key in the range. Entries without a delta (key 1: six of seven where a checkpoint was
+// barely tuned) would fight over one bin: they are left out, and keep_part() knows how many they are.
+template <class M, class Key = typename M::Key>
+PSE_DEVICE void count_digits(const View<Key>& v, const Run& run, const Problem<Key>& x, bool first_look,
+                             Shared<uint32_t> bins) {
+    const int shift = x.shift();
+    const Key top = Key(int64_t(KeyTraits<Key>::none) - x.low), span = Key(x.high - x.low);
     const int copy = warp() % kCopies * kBins;
     int64_t tensor = -1;
     int excluded = 0;
-    const auto flush = [&](bool group_ends) {
-        if (tensor < 0) return;
-        const int64_t group = v.per_tensor != 0 ? tensor : 0;
+    const auto flush = [&] {
+        if (tensor < 0 || !first_look) return;
         add_count(v.nonfinite, tensor, excluded);
-        add_count(v.state, group * kStateWords + kExcluded, excluded);
+        add_count(v.state, run.group * kStateWords + kExcluded, excluded);
         excluded = 0;
-        if (!group_ends) return;
-        sync_block();
-        for (int b = thread(); b < kBins; b += kThreads) {
-            uint32_t sum = 0;
-            for (int each = 0; each < kCopies; ++each) sum += load(bins, each * kBins + b);
-            if (sum != 0) atomic_add(v.histogram, group * kBins + b, int64_t(sum));
-        }
-        sync_block();
     };
-    const int64_t end = v.num_chunks * (block() + 1) / blocks();
-    for (int64_t c = v.num_chunks * block() / blocks(); c < end; ++c) {
+    clear_bins(bins, kCopies * kBins);
+    for (int64_t c = run.begin; c < run.end; ++c) {
         TensorRow t;
         const Part part = part_of(v, c, &t);
-        const Global<int64_t> state = v.state_of(part.group);
-        const int64_t path = load(state, kPath), swept = load(state, kSwept);
-        if (!is_exact(path)) continue;
-        if (part.tensor != tensor) {
-            flush(v.per_tensor != 0);
-            if (tensor < 0 || v.per_tensor != 0) {
-                for (int b = thread(); b < kCopies * kBins; b += kThreads) store(bins, b, 0u);
-                sync_block();
-            }
-            tensor = part.tensor;
-        }
-        const Key prefix = Key(load(state, kPrefix));
-        const Edge<Key> done = edge_of(path == kRest ? bound_at<Key>(state, kAKey) : nothing<Key>(), part.index);
-        const bool counts = round == 0 && swept == 0;
+        if (part.tensor != tensor) flush();
+        tensor = part.tensor;
+        const Edge<Key> done = done_of(v, run.group, part.index);
         with_source(M{}, t, [&](auto source) {
             for_each_step(source, t, part.local, part.n,
                           [&](auto, int at, int, int none, const auto&, const Eight<Key>& key) {
-                              if (counts) excluded += none;
+                              excluded += none;
                               const uint32_t left_out = held(key, done, at);
                               int bin = 0;
-                              uint32_t run = 0;  // equal neighbours are counted at once
+                              uint32_t equal = 0;  // neighbours are counted at once
                               PSE_UNROLL
                               for (int j = 0; j < kPer; ++j) {
-                                  const Key below = Key(key.at[j] - prefix);  // the bits that are not settled
-                                  const bool counted = key.at[j] > 1 && ((left_out >> j) & 1u) == 0 && below < span;
-                                  const int digit = int(below >> shift);
-                                  if (counted && digit != bin && run != 0) {
-                                      atomic_add(bins, copy + bin, run);
-                                      run = 0;
+                                  const Key place = Key(top - key.at[j]);
+                                  const bool counted = key.at[j] > 1 && ((left_out >> j) & 1u) == 0 && place <= span;
+                                  const int digit = int(place >> shift);
+                                  if (counted && digit != bin && equal != 0) {
+                                      atomic_add(bins, copy + bin, equal);
+                                      equal = 0;
                                   }
                                   bin = counted ? digit : bin;
-                                  run += counted ? 1u : 0u;
+                                  equal += counted ? 1u : 0u;
                               }
-                              if (run != 0) atomic_add(bins, copy + bin, run);
+                              if (equal != 0) atomic_add(bins, copy + bin, equal);
                           });
         });
     }
-    flush(true);
+    flush();
+    add_bins(bins, kCopies, v.histogram_of(run.group, kK));
 }
 
-// A block per group: one more digit of K's key.
+// The last block: one digit more is known, and, after the first look, how many entries there are to select from.
 template <class Key>
-PSE_KERNEL(kThreads)
-topm_settle_digit(View<Key> v, int round) {
-    PSE_SHARED(int64_t, sums, kWarps);
-    const int64_t g = block();
-    const Global<int64_t> state = v.state_of(g);
-    const int64_t path = load(state, kPath);
-    if (!is_exact(path)) return;
-    const int shift = digit_shift<Key>(round);
-    int64_t need = load(state, kNeed), left = load(state, kLeft);
-    const int64_t prefix = load(state, kPrefix);
-    if (round == 0) {
-        const int64_t available = load(v.group(g), kSize) - load(state, kExcluded), m = load(v.group(g), kM);
-        const int64_t done = path == kRest ? load(state, kAbove) : 0;
-        need = (m < available ? m : available) - done;
-        left = available - done;
+PSE_DEVICE void settle_digit(const View<Key>& v, int64_t g, Problem<Key> x, bool first_look, Shared<int64_t> sums) {
+    int64_t mine[kBinsPer];
+    take_parts(v.histogram_of(g, kK), mine);
+    if (first_look) {
+        x.count -= load(v.state_of(g), kExcluded);
+        x.rank = x.rank < x.count ? x.rank : x.count;
     }
-    const Global<int64_t> histogram = v.histogram + g * kBins;
-    const int first = kBins - 1 - thread() * kBinsPer;  // the largest digit first
-    int64_t mine[kBinsPer], sum = 0, counted, total;
-    for (int j = 0; j < kBinsPer; ++j) {
-        mine[j] = load(histogram, first - j);
-        store(histogram, first - j, int64_t(0));
-        sum += mine[j];
-    }
-    scan_block(sums, sum, &counted);
-    const int hot = int(Key(1) >> shift) & (kBins - 1);
-    for (int j = 0; j < kBinsPer; ++j) {
-        if (first - j != hot) continue;
-        mine[j] += left - counted;
-        sum += left - counted;
-    }
-    int64_t before = scan_block(sums, sum, &total);
-    if (need <= 0) {
-        if (thread() == 0) store(state, kPath, int64_t(kSettled));  // nothing is eligible: K stays nothing
-        return;
-    }
-    for (int j = 0; j < kBinsPer; ++j) {
-        if (before < need && need <= before + mine[j]) {
-            store(state, kNeed, need - before);
-            store(state, kLeft, mine[j]);
-            store(state, kPrefix, prefix | (int64_t(first - j) << shift));
-        }
-        before += mine[j];
-    }
+    if (x.rank > 0)
+        keep_part(v, g, kK, x, mine, sums);
+    else if (thread() == 0)
+        close_problem(v, g, kK, nothing<Key>());
 }
 
 // How many entries of each chunk have K's key, and how many a larger one.
-template <class M>
-PSE_KERNEL(kThreads)
-topm_count_ties(View<typename M::Key> v) {
-    using Key = typename M::Key;
-    PSE_SHARED(int64_t, sums, kWarps);
-    const int64_t end = v.num_chunks * (block() + 1) / blocks();
-    for (int64_t c = v.num_chunks * block() / blocks(); c < end; ++c) {
+template <class M, class Key = typename M::Key>
+PSE_DEVICE void count_ties(const View<Key>& v, const Run& run, Key wanted, Shared<int64_t> sums) {
+    for (int64_t c = run.begin; c < run.end; ++c) {
         TensorRow t;
         const Part part = part_of(v, c, &t);
-        const Global<int64_t> state = v.state_of(part.group);
-        const int64_t path = load(state, kPath), need = load(state, kNeed), left = load(state, kLeft);
-        if (!is_exact(path) || (v.ordered == 0 && need == left)) continue;
-        const Key wanted = Key(load(state, kPrefix));
-        const Edge<Key> done = edge_of(path == kRest ? bound_at<Key>(state, kAKey) : nothing<Key>(), part.index);
+        const Edge<Key> done = done_of(v, run.group, part.index);
         int64_t both = 0;  // ties in the low half, larger keys in the high half
         with_source(M{}, t, [&](auto source) {
             for_each_step(source, t, part.local, part.n,
@@ -172,73 +120,91 @@ topm_count_ties(View<typename M::Key> v) {
     }
 }
 
-// A block per group: K's index, the need-th of its key; and the thresholds.
-template <class M>
-PSE_KERNEL(kThreads)
-topm_find_tie(View<typename M::Key> v) {
-    using Key = typename M::Key;
-    PSE_SHARED(int64_t, sums, kWarps);
-    PSE_SHARED(int64_t, found, 2);  // chunk, ties before it
-    const int64_t g = block();
+// The last block: the chunk that has the rank-th tie, then the tie.
+template <class M, class Key = typename M::Key>
+PSE_DEVICE void find_tie(const View<Key>& v, int64_t g, const Problem<Key>& x, Shared<int64_t> sums,
+                         Shared<int64_t> found) {
     const Global<int64_t> state = v.state_of(g);
-    const Global<const int64_t> group = v.group(g);
-    const int64_t path = load(state, kPath);
-    if (!is_exact(path)) return;
-    const int64_t need = load(state, kNeed), left = load(state, kLeft), prefix = load(state, kPrefix);
-    put_thresholds(v, g, Key(prefix));
-    if (need == left) {
-        if (thread() == 0) {
-            put_bound(state, kKKey, Bound<Key>{Key(prefix), load(group, kSize) - 1});
-            store(state, kTieChunk, v.num_chunks);
-        }
-        return;
-    }
-    const int64_t first = load(group, kGroupChunk), end = first + load(group, kGroupChunks);
+    const int64_t first = load(v.group(g), kGroupChunk), end = first + load(v.group(g), kGroupChunks);
     int64_t before = 0;
-    for (int64_t tile = first; tile < end; tile += kStep) {
-        int32_t mine[kPer];
-        int64_t sum = 0, total;
-        for (int j = 0; j < kPer; ++j) {
-            const int64_t c = tile + thread() * kPer + j;
-            mine[j] = c < end ? load(v.equal, c) : 0;
-            sum += mine[j];
+    for (int64_t tile = first; before < x.rank && tile < end; tile += kThreads) {
+        const int64_t c = tile + thread();
+        int64_t total;
+        const int64_t mine = c < end ? load(v.equal, c) : 0, at = before + scan_block(sums, mine, &total);
+        if (at < x.rank && x.rank <= at + mine) {
+            store(found, 0, c);
+            store(found, 1, x.rank - at);
         }
-        int64_t at = before + scan_block(sums, sum, &total);
         before += total;
-        if (before < need) continue;
-        for (int j = 0; j < kPer; ++j) {
-            if (at < need && need <= at + mine[j]) {
-                store(found, 0, tile + thread() * kPer + j);
-                store(found, 1, at);
-            }
-            at += mine[j];
-        }
-        break;
     }
     sync_block();
-    const int64_t c = load(found, 0), ties = need - load(found, 1);
+    const int64_t c = load(found, 0), ties = load(found, 1);
     TensorRow t;
     const Part part = part_of(v, c, &t);
-    const Edge<Key> done = edge_of(path == kRest ? bound_at<Key>(state, kAKey) : nothing<Key>(), part.index);
+    const Edge<Key> done = done_of(v, g, part.index);
+    int64_t seen = 0;
     with_source(M{}, t, [&](auto source) {
-        int64_t seen = 0;
         for_each_step(source, t, part.local, part.n, [&](auto, int at, int, int, const auto&, const Eight<Key>& key) {
-            const uint32_t left_out = held(key, done, at);
             uint32_t tied = 0;
-            for (int j = 0; j < kPer; ++j) tied |= uint32_t(key.at[j] == Key(prefix) ? 1 : 0) << j;
-            tied &= ~left_out;
-            int64_t total;
-            int64_t at_tie = seen + scan_block(sums, int64_t(count_bits(tied)), &total);
+            PSE_UNROLL
+            for (int j = 0; j < kPer; ++j) tied |= uint32_t(key.at[j] == x.key ? 1 : 0) << j;
+            tied &= ~held(key, done, at);
+            int64_t total, place = seen + scan_block(sums, int64_t(count_bits(tied)), &total);
             seen += total;
             for (int j = 0; j < kPer; ++j) {
-                if (((tied >> j) & 1u) == 0) continue;
-                if (++at_tie != ties) continue;
-                put_bound(state, kKKey, Bound<Key>{Key(prefix), part.index + at + j});
+                place += (tied >> j) & 1u;
+                if (((tied >> j) & 1u) == 0 || place != ties) continue;
+                close_problem(v, g, kK, Bound<Key>{x.key, part.index + at + j});
                 store(state, kTieChunk, c);
                 store(state, kTieTaken, ties);
             }
         });
     });
+}
+
+// One step for one group: a digit, or, after the last, the tie.
+template <class M, class Key = typename M::Key>
+PSE_DEVICE void exact_step(const View<Key>& v, const Run& run, int step, const RankRoom<Key>& room) {
+    const int64_t g = run.group;
+    const Problem<Key> x = problem_at<Key>(v.problem_of(g, kK));
+    if (!x.open) return;
+    const int64_t swept = load(v.state_of(g), kSwept);
+    const bool first_look = step == 0 && swept == 0, all = x.rank == x.count;
+    if (!x.by_index)
+        count_digits<M>(v, run, x, first_look, room.bins);
+    else if (step == kDigits<Key> && (v.ordered != 0 || !all))
+        count_ties<M>(v, run, x.key, room.sums);
+    if (!last_block(v.tickets, v.problem(g, kK), uint32_t(run.blocks))) return;
+    if (!x.by_index) {
+        settle_digit(v, g, x, first_look, room.sums);
+    } else if (step == kDigits<Key>) {
+        put_thresholds(v, g, x.key);
+        if (!all) find_tie<M>(v, g, x, room.sums, room.indices);
+        if (all && thread() == 0) {
+            close_problem(v, g, kK, Bound<Key>{x.key, load(v.group(g), kSize) - 1});
+            store(v.state_of(g), kTieChunk, v.num_chunks);
+        }
+    }
+    sync_block();
+}
+
+// By `share` blocks of which this is one.
+template <class M, class Key = typename M::Key>
+PSE_DEVICE void exact_walk(const View<Key>& v, int step, int64_t slice, int64_t share, const RankRoom<Key>& room) {
+    const auto owner = [&](int64_t chunk) { return ((chunk + 1) * share - 1) / v.num_chunks; };
+    const int64_t end = v.num_chunks * (slice + 1) / share;
+    int64_t c = v.num_chunks * slice / share;
+    while (c < end) {
+        const int64_t g =
+            v.per_tensor != 0 ? find_row(v.table, kTensorWords, kFirstChunk, v.num_tensors, c) : int64_t(0);
+        const int64_t first = load(v.group(g), kGroupChunk), behind = first + load(v.group(g), kGroupChunks);
+        const int64_t path = load(v.state_of(g), kPath);
+        const Run run = {g, c, behind < end ? behind : end, owner(behind - 1) - owner(first) + 1};
+        c = run.end;
+        if (!is_exact(path)) continue;
+        const int last = run.blocks == 1 ? kDigits<Key> : step;
+        for (int s = step; s <= last; ++s) exact_step<M>(v, run, s, room);
+    }
 }
 
 }  // namespace cuda

@@ -1,39 +1,55 @@
 // 2 of topm.cu: one pass over the tensors counts what A holds (one_pass: edits it) and collects what B holds beyond A.
 #pragma once
-#include "cuda/topm_sample.cuh"
+#include "cuda/topm_rank.cuh"
 
 namespace pse {
 namespace cuda {
 
 constexpr int kStage = 1024;  // candidates that a block holds back: 2 % of a chunk is 330
 
-// What the counts say about a group that has been swept.
+// What the counts say about a group that has been swept. One thread.
 template <class Key>
 PSE_DEVICE void decide(const View<Key>& v, int64_t g) {
     const Global<int64_t> state = v.state_of(g);
     const Global<const int64_t> group = v.group(g);
     const int64_t available = load(group, kSize) - load(state, kExcluded), wanted = load(group, kM);
     const int64_t m = wanted < available ? wanted : available;
-    const int64_t within = load(state, kWithin), need = m - load(state, kAbove);
+    const int64_t above = load(state, kAbove), within = load(state, kWithin), need = m - above;
     const Bound<Key> a = bound_at<Key>(state, kAKey), b = bound_at<Key>(state, kBKey);
-    store(state, kSwept, int64_t(1));
-    Path path = v.one_pass != 0 ? kRest : kExact;
+    const int64_t first = load(group, kGroupTensor), end = first + load(group, kGroupTensors);
+    Path path;
+    Problem<Key> x = any_key<Key>(need, within);
+    x.low = int64_t(KeyTraits<Key>::none) - int64_t(a.key);
     if (m == 0) {
         path = kSettled;  // K stays as it was opened: nothing
+        x.open = false;
     } else if (need == 0 && a.key != 0) {
         path = kSettled;
+        x.open = false;
         put_bound(state, kKKey, a);
+        for (int64_t i = first; i < end; ++i) put_threshold(v, i, key_score(a.key));
     } else if (need > 0 && need <= within && within <= load(group, kPoolCapacity)) {
         path = kPool;
-        const int64_t p = load(group, kProblem) + 2;
-        open_problem(v, p, need, within);
-        store(v.problems, p * kProblemWords + kLow, int64_t(KeyTraits<Key>::none) - int64_t(a.key));
-        if (b.key != 0) store(v.problems, p * kProblemWords + kHigh, int64_t(KeyTraits<Key>::none) - int64_t(b.key));
-    } else if (need <= 0 && v.one_pass != 0) {
+        if (b.key != 0) x.high = int64_t(KeyTraits<Key>::none) - int64_t(b.key);
+        if (a.key == b.key) {  // a tie wider than the bracket
+            x.by_index = true;
+            x.key = a.key;
+            x.low = a.index + 1;
+            x.high = b.index;
+        }
+    } else if (v.one_pass == 0) {
+        path = kExact;
+        x = any_key<Key>(m, available);
+    } else if (need > 0) {
+        path = kRest;
+        x.count = available - above;
+    } else {
         path = kSpoilt;
-        const int64_t first = load(group, kGroupTensor), count = load(group, kGroupTensors);
-        for (int64_t i = first; i < first + count; ++i) store(v.nonfinite, i, int64_t(-1));
+        x.open = false;
+        for (int64_t i = first; i < end; ++i) store(v.nonfinite, i, int64_t(-1));
     }
+    put_problem(v.problem_of(g, kK), x);
+    store(state, kSwept, int64_t(1));
     store(state, kPath, int64_t(path));
 }
 
@@ -139,7 +155,7 @@ topm_sweep(View<typename M::Key> v) {
         }
     }
     flush();
-    if (!last_block(v.tickets, 0, uint32_t(blocks()))) return;
+    if (!last_block(v.tickets, v.launch_ticket(), uint32_t(blocks()))) return;
     for (int64_t g = thread(); g < v.num_groups; g += kThreads) {
         const int64_t path = load(v.state_of(g), kPath);
         if (path == kBracket) decide(v, g);

@@ -1,7 +1,8 @@
 // What the kernels of a top-m edit share: the words that say how far each group is, the pointers, the chunks.
 //
 // Group    Entries that compete for the same m. What is still to be done for it is its path.
-// Problem  The entry of one rank among pairs (key, index): A and B of a sampled group, then K among its candidates.
+// Problem  To find the entry of one rank: A and B of a sampled group among its sample, K among candidates or
+// everything.
 #pragma once
 #include "cpu/topm.h"
 #include "cuda/topm_entries.cuh"
@@ -16,23 +17,20 @@ constexpr int kBinsPer = kBins / kThreads;
 // What is still to be done for a group.
 enum Path : int64_t {
     kBracket,  // 2 is ahead
-    kPool,     // 3 is ahead
-    kExact,    // exact select over everything
-    kRest,     // exact select over what A does not hold: that has been edited
+    kPool,     // 3 is ahead, over the candidates
+    kExact,    // 3 is ahead, over everything
+    kRest,     // 3 is ahead, over what A does not hold: that has been edited
     kSettled,  // K is known
     kSpoilt
 };
 enum StateWord {
     kPath,
+    kKKey,  // the places that the problems are to find, in their order
+    kKIndex,
     kAKey,
     kAIndex,
     kBKey,
     kBIndex,
-    kKKey,  // K, once it is known
-    kKIndex,
-    kNeed,  // exact select: entries still to be found among the `left` whose high bits are the prefix's
-    kLeft,
-    kPrefix,
     kAbove,     // sweep: held by A
     kWithin,    // sweep: candidates, whether or not there was room
     kExcluded,  // may not be selected
@@ -50,7 +48,7 @@ enum GroupWord {
     kRankB,
     kPoolFirst,
     kPoolCapacity,
-    kProblem,  // of A; B and the candidates follow. -1: not sampled
+    kListFirst,
     kGroupTensor,
     kGroupTensors,
     kGroupFirst,
@@ -58,22 +56,10 @@ enum GroupWord {
     kGroupChunks,
     kGroupWords
 };
-// A problem: the entry of one rank among pairs (key, index). Its range is of complemented keys, then of indices of the
-// one key that is left.
-enum ProblemWord {
-    kDone,
-    kByIndex,
-    kLow,
-    kHigh,
-    kRank,
-    kCount,
-    kFoundKey,
-    kFoundIndex,
-    kCollected,
-    kOfGroup,
-    kProblemWords
-};
-constexpr int kProblems = 3;  // per sampled group: A, B, the candidates
+// Which place a problem is to find.
+enum Which { kK, kA, kB, kProblems };
+// How far it is: the rank-th of `count` in a range of complemented keys, then of indices of the one key that is left.
+enum ProblemWord { kOpen, kByIndex, kKey, kLow, kHigh, kRank, kCount, kCollected, kProblemWords };
 
 // A candidate's key carries the sign of its delta in the spare top bit: with the key it is the delta again, where there
 // is no importance, and base and tuned need not be fetched a second time.
@@ -91,20 +77,27 @@ template <class K>
 struct View {
     using Key = K;
     Global<const int64_t> table, groups;
-    Global<int64_t> state, histogram, problems, problem_histogram;
-    Global<uint32_t> tickets;        // 0: whole launches; 1 + p: problem p
-    Global<int32_t> greater, equal;  // per chunk: selected whatever the ties, and of key K
+    Global<int64_t> state, problems, histogram;  // the latter of each problem
+    Global<uint32_t> tickets;                    // of each problem, then of whole launches
+    Global<int32_t> greater, equal;              // per chunk: selected whatever the ties, and of key K
     Global<int64_t> tile_sums;
-    Global<K> sample_keys, pool_keys, small_keys;
-    Global<int64_t> sample_indices, pool_indices, small_indices;
+    Global<K> sample_keys, pool_keys, list_keys;
+    Global<int64_t> sample_indices, pool_indices, list_indices;
     Global<int64_t> kept, unchanged, nonfinite;
     int64_t threshold, indices, values, value_bytes, record;
     int64_t num_tensors, num_groups, num_chunks, chunk;
+    int64_t problems_each;  // per group: kProblems, or K's alone where no group is sampled
     int64_t per_tensor, one_pass, ordered;
     double scale;
 
     PSE_HD Global<int64_t> state_of(int64_t g) const { return state + g * kStateWords; }
     PSE_HD Global<const int64_t> group(int64_t g) const { return groups + g * kGroupWords; }
+    PSE_HD int64_t problem(int64_t g, int which) const { return g * problems_each + which; }
+    PSE_HD Global<int64_t> problem_of(int64_t g, int which) const {
+        return problems + problem(g, which) * kProblemWords;
+    }
+    PSE_HD Global<int64_t> histogram_of(int64_t g, int which) const { return histogram + problem(g, which) * kBins; }
+    PSE_HD int64_t launch_ticket() const { return num_groups * problems_each; }
 };
 
 template <class M>

@@ -22,6 +22,7 @@ enum TopmHook : int {        // the unlucky paths, forced by tests
     kHookTwoPass = 8,        // no sample: exact radix select
     kHookAlwaysSample = 16,  // sample whatever the size
     kHookLongIndex = 32,     // 64-bit indices whatever the size
+    kHookNarrow = 64,        // CUDA: take digits off the sample as if it were a large one
 };
 
 enum TopmStatus : int { kTopmDone = 0, kTopmNotFinite = 1, kTopmSpoilt = 2 };

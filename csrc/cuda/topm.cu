@@ -5,15 +5,18 @@
 // Floor  a dense read-read-write pass over base, tuned and params is 6 B per bf16 element.
 // Order  (key descending, flat index ascending): no ties, so one result for every grid, chunk size and schedule, which
 //        is that of csrc/cpu/topm.cpp.
-// Story  1 sample positions -> two places A and B in the order that bracket the m-th entry
+// Story  1 sample positions -> two places A and B in the order that bracket the m-th entry (topm_sample, topm_rank)
 //        2 sweep: count what A holds (one_pass: edit it), collect what B holds beyond A: the candidates
-//        3 settle the candidates: the exact place K of the m-th entry
-//        4 edit (or list) what K holds; with one_pass only the chosen candidates are left to do
-// Unlucky  Too many candidates, or too few: the exact select, 11 bits of the key a pass, over what A does not hold
-//        (one_pass) or over everything. Its kernels are always launched and leave at once where nothing is left to do:
-//        the host never learns, so the whole can be captured in a graph. More than m above A after one_pass has edited:
-//        below 1e-30; nonfinite = -1 says that params are spoilt.
+//        3 settle the candidates: the exact place K of the m-th entry (topm_settle, topm_rank)
+//        4 edit (or list) what K holds (topm_apply); with one_pass only the chosen candidates are left (topm_pool)
+// Unlucky  Too many candidates, or too few: the exact select (topm_exact), 11 bits of the key a launch, over what A
+// does
+//        not hold (one_pass) or over all. It has the launches of 3: every group goes the way that is left to it, and
+//        the host never learns which, so the whole can be captured in a graph. More than m above A after one_pass has
+//        edited: below 1e-30; nonfinite = -1 says that params are spoilt.
 // Groups of up to 2^16 entries are not sampled: the exact select reads them from the L2 cache.
+// Launches  open, sample, bracket, sweep, four of settle, apply: 9; one more beyond 2^16 samples, another beyond 2^20.
+//        Without a sample: open, four of settle, apply; one of settle where no group has more than a chunk.
 // Passes give each block one run of chunks, so that counters stay in registers until the tensor changes.
 #include "cuda/topm.h"
 
@@ -29,7 +32,7 @@ namespace pse {
 namespace cuda {
 
 constexpr int64_t kUnsampled = 1 << 16;  // groups up to here are selected exactly at once
-constexpr int64_t kAlone = 1 << 16;      // samples of which one block can take a bin of the first digit
+constexpr int64_t kAlone = 1 << 16;      // of so many samples, a part of the first digit is left to one block
 
 // s = N^(2/3), as a power of two; and the ranks between the expected place of the m-th entry in the sample and an edge
 // of the bracket: csrc/cpu/topm.cpp has the reasons.
@@ -216,15 +219,18 @@ static int settle_as(const TopmCall& call, const Layout& l, const Target& target
     run("topm_open", blocks_for((rows + kThreads - 1) / kThreads, call.blocks), topm_open<Key>, v,
         simt::global<int64_t>(call.scratch + l.tables_at, size), last, before, size - before,
         simt::global<int64_t>(call.scratch, zeros), zeros);
-    int64_t share = 0;  // blocks per group over its candidates
-    const auto blocks_over = [&](int64_t pairs, int64_t each) {
-        return pairs == 0 ? int64_t(1) : blocks_for((pairs + each - 1) / each, call.blocks);
+    // Blocks per problem: as many for each, so that a block need not search whose it is.
+    int64_t share = 0;
+    const auto blocks_over = [&](int64_t pairs, int64_t each, int64_t problems) {
+        const int64_t most = call.blocks / problems, wanted = blocks_for((pairs + each - 1) / each, most);
+        return wanted > 1 ? wanted : 1;
     };
     if (l.samples > 0) {
-        const int64_t share_sample = blocks_over(l.largest_sample, kStep);
-        share = blocks_over(l.largest_pool, kStep);
+        const int64_t share_sample = blocks_over(l.largest_sample, kStep, 2 * groups);
+        share = blocks_over(l.largest_pool, kStep, groups);
         run("topm_sample", l.samples / kThreads, topm_sample<Key>, v);
-        for (int64_t s = l.largest_sample; s > kAlone; s /= 16)
+        const int64_t s = call.hooks & kHookNarrow ? kAlone << 8 : l.largest_sample;
+        for (int64_t left = s; left > kAlone; left /= 16)
             run("topm_bracket", groups * 2 * share_sample, topm_bracket<Key, false>, v, share_sample);
         run("topm_bracket", groups * 2 * share_sample, topm_bracket<Key, true>, v, share_sample);
         const int64_t passes = blocks_for(l.chunks, call.blocks);
@@ -237,7 +243,7 @@ static int settle_as(const TopmCall& call, const Layout& l, const Target& target
     const int64_t walk = blocks_for(l.chunks, l.exact ? call.blocks : (call.blocks + 7) / 8);
     const int steps = l.samples > 0 || l.beyond_a_chunk ? kDigits<Key> + 1 : l.exact ? 1 : 0;
     for (int step = 0; step < steps; ++step) {
-        if (step == kDigits<Key> && share > 0) share = blocks_over(l.largest_pool, kThreads);
+        if (step == kDigits<Key> && share > 0) share = blocks_over(l.largest_pool, kThreads, groups);
         run("topm_settle", groups * share + walk, topm_settle<A>, v, step, share);
     }
     if (call.one_pass && steps > 0) launch_apply<A, kEditOnly>(run, v, walk);

@@ -49,8 +49,14 @@ topm_scan_chunks(View<Key> v) {
 
 enum Output { kEditOnly, kEditRecord, kList };
 
+// Blocks per processor that the registers allow without spilling, on any architecture.
 template <class M, Output kOutput>
-PSE_KERNEL(kThreads)
+constexpr int kEditors = 2;
+template <class T, Output kOutput>
+constexpr int kEditors<Same<T>, kOutput> = (sizeof(T) == 2 ? 4 : 3) - (kOutput == kEditOnly ? 0 : 1);
+
+template <class M, Output kOutput>
+PSE_KERNEL(kThreads, (kEditors<M, kOutput>))
 topm_apply(View<typename M::Key> v) {
     using Key = typename M::Key;
     PSE_SHARED(int32_t, sums, kWarps);

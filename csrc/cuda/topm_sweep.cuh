@@ -53,8 +53,16 @@ PSE_DEVICE void decide(const View<Key>& v, int64_t g) {
     store(state, kPath, int64_t(path));
 }
 
+// Blocks per processor that the registers allow without spilling, on any architecture.
 template <class M, bool kEdit>
-PSE_KERNEL(kThreads)
+constexpr int kSweepers = 2;
+template <class T>
+constexpr int kSweepers<Same<T>, false> = 3;
+template <>
+constexpr int kSweepers<Same<bf16_t>, true> = 3;
+
+template <class M, bool kEdit>
+PSE_KERNEL(kThreads, (kSweepers<M, kEdit>))
 topm_sweep(View<typename M::Key> v) {
     using Key = typename M::Key;
     PSE_SHARED(Key, stage_keys, kStage);

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from prosocial_ext.reference import raise_if_bad
+from prosocial_ext.reference.philox import uniform_u64
 
 from prosocial_ext import reference
 from prosocial_ext.ops import _cuda_topm as cuda
@@ -13,7 +14,7 @@ from tests.asserts import assert_same_bits
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INF, NAN = float("inf"), float("nan")
-OVERFLOW, TOO_FEW, TOO_MANY, TWO_PASS, SAMPLE = 1, 2, 4, 8, 16
+OVERFLOW, TOO_FEW, TOO_MANY, TWO_PASS, SAMPLE, NARROW = 1, 2, 4, 8, 16, 64
 PATHS = {
     "exact": TWO_PASS,
     "sampled": SAMPLE,
@@ -360,6 +361,104 @@ def test_inside_a_capture_what_reads_back_is_refused(what, monkeypatch):
     else:
         with pytest.raises(RuntimeError, match="topm_select reads a flag back"):
             cuda.select_cuda(one, one, [], [1])
+
+
+# ---- launches
+
+
+@pytest.mark.parametrize(("path", "one_pass", "look", "record"), [
+    (SAMPLE, 9, 9, 10), (SAMPLE | NARROW, 11, 11, 12), (SAMPLE | OVERFLOW, 9, 9, 10), (SAMPLE | TOO_FEW, 9, 9, 10),
+    (TWO_PASS, 6, 6, 7),
+], ids=["sampled", "large sample", "overflow", "too few", "exact"])  # fmt: skip
+def test_a_miss_costs_no_launches(path, one_pass, look, record, simt):
+    params, base, tuned = triple([(6000,), (300,)], [torch.bfloat16] * 3)
+    for launches, options in ((one_pass, (False, False)), (look, (True, False)), (record, (False, True))):
+        before = simt.counts()["launches"]
+        cuda.subtract_cuda(params, base, tuned, [], [600], False, 1.0, *options, path)
+        assert simt.counts()["launches"] - before == launches
+    before = simt.counts()["launches"]
+    cuda.select_cuda(base, tuned, [], [600], False, path)
+    assert simt.counts()["launches"] - before == record
+
+
+def test_groups_of_one_chunk_are_settled_in_one_launch(simt):
+    tensors = triple([(4096,), (1,), (300,), (0,), (2049,)], [torch.bfloat16] * 3)
+    check_edit(*tensors, density=0.2, per_tensor=True, check_finite=False)
+    before = simt.counts()["launches"]
+    cuda.subtract_cuda(*tensors, [], [800, 1, 60, 0, 400], True, 1.0, False, False)
+    assert simt.counts()["launches"] - before == 3
+
+
+def test_tables_may_be_longer_than_the_arguments_of_a_launch(simt):
+    tensors = triple([(9,)] * 60 + [(4100,)], [torch.float32] * 3)
+    before = simt.counts()["launches"]
+    cuda.subtract_cuda(*map(clones, tensors), [], [700], False, 1.0, False, False)
+    assert simt.counts()["launches"] - before == 7
+    check_edit(*tensors, m=700, undo=True)
+    check_edit(*tensors, density=0.3, per_tensor=True, check_finite=False)
+
+
+# ---- the edges of single blocks
+
+
+def test_as_many_candidates_as_a_block_has_threads_and_one_more():
+    n, s, wanted = 4300, 4096, {255, 256, 257}
+    zeros, ones, params = torch.zeros(n), torch.ones(n), torch.rand(n, generator=torch.Generator().manual_seed(4))
+    sample = sorted(uniform_u64(0x70736574_6F706D31, draw, 0) * n >> 64 for draw in range(s))
+    for m in range(200, 2000, 3):
+        q = m / n
+        margin, middle = int(5 * (s * q * (1 - q)) ** 0.5) + 16, int(s * q)  # sample_margin in topm.cu
+        candidates = sample[middle + margin] - sample[middle - margin - 1]  # of equal entries, between A and B
+        if candidates in wanted:
+            wanted.remove(candidates)
+            check_edit([params], [zeros], [ones], m=m, hooks=SAMPLE)
+    assert not wanted
+
+
+def test_more_ties_are_left_than_the_list_of_a_block_holds():
+    """Both values tie across the bracket, and are so far apart that two digits do not tell the key that is left."""
+    n = 30_000
+    tuned = torch.where(torch.arange(n) % 2 == 0, 1.0, 2.0)
+    for m in (n // 2 - 5, n // 2 + 5):
+        check_edit([torch.zeros(n)], [torch.zeros(n)], [tuned], m=m, check_finite=False, hooks=SAMPLE)
+
+
+@pytest.mark.parametrize("data", ["ties", "distinct"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_large_sample_is_narrowed_digit_by_digit(data, dtype, monkeypatch):
+    monkeypatch.setattr(cuda, "_blocks", lambda tensor: 8)  # two for each place
+    params, base, tuned = triple([(4100,), (70,)], [dtype] * 3)
+    if data == "ties":
+        base, tuned = [torch.zeros_like(b) for b in base], [(t * 20).round() for t in tuned]
+    for options in ({"check_finite": False}, {"undo": True}):
+        check_edit(params, base, tuned, density=0.3, hooks=SAMPLE | NARROW, **options)
+
+
+# ---- the miss path beside others
+
+
+@pytest.mark.parametrize("hooks", [SAMPLE | OVERFLOW, SAMPLE | TOO_FEW, TWO_PASS], ids=["overflow", "too few", "exact"])
+@pytest.mark.parametrize("data", ["ties", "distinct"])
+def test_blocks_that_share_groups_settle_them_exactly(data, hooks, monkeypatch):
+    monkeypatch.setattr(cuda, "_blocks", lambda tensor: 24)  # three where nothing is expected to be left
+    monkeypatch.setattr(cuda, "CHUNK", 256)
+    params, base, tuned = triple([(1300,), (256,), (0,), (900,), (3,)], [torch.float16] * 3)
+    if data == "ties":
+        base, tuned = [torch.zeros_like(b) for b in base], [(t * 20).round() for t in tuned]
+    for per_tensor in (False, True):
+        for options in ({"check_finite": False}, {"undo": True}):
+            check_edit(params, base, tuned, density=0.2, per_tensor=per_tensor, hooks=hooks, **options)
+
+
+def test_groups_go_different_ways_in_one_call():
+    """Unhooked: one group is sampled, one shared by blocks, three have a block for themselves, one wants nothing."""
+    params, base, tuned = triple([(66_000,), (9000,), (500,), (0,), (4096,), (40,)], [torch.bfloat16] * 3)
+    m = [6600, 900, 50, 0, 4096, 0]
+    edited, expected = clones(params), clones(params)
+    outputs = cuda.subtract_cuda(edited, base, tuned, [], m, True, 0.7, False)
+    wanted = reference.topm.subtract_core(expected, base, tuned, [], m, True, 0.7, False, False)
+    for a, e in zip([*edited, *outputs], [*expected, *wanted], strict=True):
+        assert_same_bits(a, e)
 
 
 # ---- sparse

@@ -10,10 +10,9 @@
 //        3 settle the candidates: the exact place K of the m-th entry (topm_settle, topm_rank)
 //        4 edit (or list) what K holds (topm_apply); with one_pass only the chosen candidates are left (topm_pool)
 // Unlucky  Too many candidates, or too few: the exact select (topm_exact), 11 bits of the key a launch, over what A
-// does
-//        not hold (one_pass) or over all. It has the launches of 3: every group goes the way that is left to it, and
-//        the host never learns which, so the whole can be captured in a graph. More than m above A after one_pass has
-//        edited: below 1e-30; nonfinite = -1 says that params are spoilt.
+//        does not hold (one_pass) or over all. It has the launches of 3: every group goes the way that is left to it,
+//        and the host never learns which, so the whole can be captured in a graph. More than m above A after one_pass
+//        has edited: below 1e-30; nonfinite = -1 says that params are spoilt.
 // Groups of up to 2^16 entries are not sampled: the exact select reads them from the L2 cache.
 // Launches  open, sample, bracket, sweep, four of settle, apply: 9; one more beyond 2^16 samples, another beyond 2^20.
 //        Without a sample: open, four of settle, apply; one of settle where no group has more than a chunk.

@@ -31,7 +31,7 @@ PSE_DEVICE void settle_pool(const View<Key>& v, int step, int64_t g, int64_t sli
 
 // The first `share` blocks of every group have its candidates, the others the tensors.
 template <class M>
-PSE_KERNEL(kThreads, kAnyOccupancy)
+PSE_KERNEL(kThreads, (IsWide<M>::value ? kAnyOccupancy : 2))
 topm_settle(View<typename M::Key> v, int step, int64_t share) {
     using Key = typename M::Key;
     PSE_RANK_ROOM(Key, room, kCopies);

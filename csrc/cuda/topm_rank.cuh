@@ -1,12 +1,10 @@
-// The entry of one rank: a radix select whose every pass takes 11 bits off a range, first of the key, then of the
-// index.
+// The entry of one rank: a radix select, 11 bits a pass off a range, first of the key, then of the index.
 //
 // Pass   The blocks of a problem add up how many entries each of 2048 parts of the range has; the last block keeps the
 //        part that has the wanted rank. So a digit costs one launch.
-// End    The last launch lists what is left, and its last block takes the remaining digits alone, from the list; at
-// most
-//        256 left, one a thread, are ranked by comparing all with all. Lists have room for a quarter of the sample;
-//        where more is left (a tie of most entries), the block reads the pairs themselves: slow, and as exact.
+// End    The last launch lists what is left, and its last block takes the remaining digits alone, from the list; 256 or
+//        fewer, one a thread, are ranked by comparing all with all. Lists have room for a quarter of the sample; where
+//        more is left (a tie of most entries), the block reads the pairs themselves: slow, and as exact.
 // Samples may repeat: equal pairs have one place.
 #pragma once
 #include "cuda/topm_view.cuh"

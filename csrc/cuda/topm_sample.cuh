@@ -101,8 +101,7 @@ topm_sample(View<Key> v) {
     scan_block(sums, sum, &eligible);
     for (int which = kA; which <= kB; ++which) {
         const int64_t rank = load(v.group(g), which == kA ? kRankA : kRankB);
-        // Before the first nothing is held, after the last everything; but of what one_pass edits the last score must
-        // be known.
+        // Before the first nothing is held, after the last everything; but one_pass must know the last score it edits.
         const bool none = rank < 1 || (rank > eligible && which == kA && v.one_pass != 0);
         if (none || rank > eligible) {
             if (thread() == 0) close_problem(v, g, which, none ? nothing<Key>() : everything<Key>());

@@ -1,6 +1,5 @@
-// 3 of topm.cu: K of every group, a digit a launch, whichever way is left: over the candidates where the bracket has
-// held, over the tensors where it has not. The unlucky way costs no launches of its own, and the host need not know of
-// it.
+// 3 of topm.cu: K of every group, a digit a launch, by the way that is left: over the candidates where the bracket has
+// held, over the tensors where not. The unlucky way costs no launches of its own, and the host need not know of it.
 //
 // Step         candidates                                    tensors
 // 0, 1, ...    a digit                                       a digit

@@ -1,8 +1,7 @@
 // What the kernels of a top-m edit share: the words that say how far each group is, the pointers, the chunks.
 //
 // Group    Entries that compete for the same m. What is still to be done for it is its path.
-// Problem  To find the entry of one rank: A and B of a sampled group among its sample, K among candidates or
-// everything.
+// Problem  To find the entry of one rank: A and B of a sampled group in its sample, K among candidates or everything.
 #pragma once
 #include "cpu/topm.h"
 #include "cuda/topm_entries.cuh"

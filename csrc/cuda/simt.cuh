@@ -5,7 +5,7 @@
 //
 // Rules   Blocks are whole warps. Memory is reached by load() and store(), never by operator[]. Global memory is a
 //         Global<T> that knows its size (harness only). Atomics are on integers, relaxed; floats never.
-//         Blocks meet in last_block() alone: the only fence in the code base.
+//         Blocks meet in last_block() alone, the only fence in the code base, and within a cluster in cluster_sync().
 #pragma once
 #include "core/arithmetic.h"
 #include "cuda/target.h"
@@ -13,6 +13,7 @@
 #ifdef PSE_SIMT
 #include "harness.h"
 #else
+#include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
 namespace pse {
@@ -21,6 +22,7 @@ namespace simt {
 #define PSE_DEVICE __device__ __forceinline__
 #define PSE_KERNEL(...) static __global__ void __launch_bounds__(__VA_ARGS__)  // threads, blocks per processor
 #define PSE_SHARED(T, name, count) __shared__ T name[count]
+#define PSE_LAUNCHED_SHARED(T, name) extern __shared__ T name[]  // as many as launch_clusters() was told: one a kernel
 #define PSE_UNROLL _Pragma("unroll")
 
 constexpr int kWarp = 32;
@@ -152,6 +154,34 @@ PSE_DEVICE bool last_block(Global<uint32_t> tickets, int64_t i, uint32_t count) 
     return last;
 }
 
+// ---- clusters: blocks that run at the same time and read each other's shared memory. From compute capability 9.0 on.
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+constexpr bool kHaveClusters = true;
+PSE_DEVICE int cluster_rank() { return int(cooperative_groups::this_cluster().block_rank()); }
+PSE_DEVICE int cluster_size() { return int(cooperative_groups::this_cluster().num_blocks()); }
+
+// A barrier of all threads of the cluster: what they wrote before it, in shared memory too, is read after it.
+PSE_DEVICE void cluster_sync() { cooperative_groups::this_cluster().sync(); }
+
+// The array of the same name in the block of that rank, to be read. That block may leave the kernel only after a
+// cluster_sync() that comes after the reads.
+template <class T>
+PSE_DEVICE const T* of_rank(T* p, int rank) {
+    return cooperative_groups::this_cluster().map_shared_rank(p, rank);
+}
+#else
+// Below, a kernel's body is left out by `if constexpr (kHaveClusters)`; these only let it be parsed.
+constexpr bool kHaveClusters = false;
+PSE_DEVICE int cluster_rank() { return 0; }
+PSE_DEVICE int cluster_size() { return 1; }
+PSE_DEVICE void cluster_sync() { __trap(); }
+template <class T>
+PSE_DEVICE const T* of_rank(T* p, int) {
+    return p;
+}
+#endif
+
 PSE_DEVICE int count_bits(uint32_t x) { return __popc(x); }
 PSE_DEVICE int count_leading_zeros(uint32_t x) { return __clz(int(x)); }
 PSE_DEVICE int count_leading_zeros(uint64_t x) { return __clzll((long long)(x)); }
@@ -192,6 +222,46 @@ int launch(const char*, const Target& target, int64_t blocks, int threads, void 
     config.blockDim = dim3(unsigned(threads));
     config.stream = static_cast<cudaStream_t>(target.stream);
     return int(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
+}
+
+// Launches `clusters` clusters of `size` blocks, at most 8, each with `bytes` of PSE_LAUNCHED_SHARED.
+template <class... Parameters, class... Arguments>
+int launch_clusters(const char*, const Target& target, int64_t clusters, int size, int threads, int64_t bytes,
+                    void (*kernel)(Parameters...), Arguments... arguments) {
+    if (clusters == 0) return 0;
+    if (clusters * size > INT32_MAX) return int(cudaErrorInvalidConfiguration);
+    const OnDevice on(target);
+    if (on.error() != 0) return on.error();
+    const auto limit = cudaFuncAttributeMaxDynamicSharedMemorySize;  // 48 KB unless asked for
+    if (const cudaError_t error = cudaFuncSetAttribute(kernel, limit, int(bytes))) return int(error);
+    cudaLaunchAttribute cluster = {};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = unsigned(size);
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(unsigned(clusters * size));
+    config.blockDim = dim3(unsigned(threads));
+    config.dynamicSmemBytes = size_t(bytes);
+    config.stream = static_cast<cudaStream_t>(target.stream);
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+    return int(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
+}
+
+// Bytes of PSE_LAUNCHED_SHARED that a block of `kernel` may have in a cluster on this device; 0 where the device has no
+// clusters, or the kernel's code for it was made for an older one.
+template <class... Parameters>
+int64_t cluster_shared_limit(int device, void (*kernel)(Parameters...)) {
+    const Target target = {device, nullptr};
+    const OnDevice on(target);
+    int clusters = 0, bytes = 0;
+    cudaFuncAttributes code = {};
+    const bool known = on.error() == 0 &&
+                       cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, device) == cudaSuccess &&
+                       cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess &&
+                       cudaFuncGetAttributes(&code, kernel) == cudaSuccess;
+    if (!known) cudaGetLastError();  // it is not for the next launch to report
+    return known && clusters != 0 && code.ptxVersion >= 90 ? bytes - int64_t(code.sharedSizeBytes) : 0;
 }
 
 inline int fill_zero(const Target& target, void* data, int64_t bytes) {

@@ -57,9 +57,17 @@ constexpr size_t kStack = 256 << 10;  // frames under the sanitizers are large; 
 constexpr int64_t kAlive = 6;         // blocks that run in turns
 
 struct Block;
+struct Cluster;
+struct Fiber;
+
+// Threads that wait for each other.
+struct Meeting {
+    int waiting = 0, left = 0;  // left: threads that have left the kernel
+    Fiber* first = nullptr;     // of those that wait
+};
 
 struct Fiber {
-    enum class State { ready, at_barrier, at_warp, done };
+    enum class State { ready, at_cluster, at_barrier, at_warp, done };
 
     Block* block = nullptr;
     int thread = 0;
@@ -77,15 +85,33 @@ struct Fiber {
     void* fake_stack = nullptr;
 };
 
+// A read of a block's shared memory by another block of its cluster.
+struct Visit {
+    const Fiber* by = nullptr;
+    Place place = {"", 0};
+};
+
 struct Block {
+    Cluster* cluster = nullptr;
     int64_t index = 0;
-    uint32_t epoch = 0;
+    uint32_t epoch = 0;  // barriers that it has passed, those of its cluster too
+    uint32_t met = 0;    // its epoch after the latest barrier of its cluster
+    Visit visit;         // one since that barrier
+    Meeting barrier;
+    std::vector<Meeting> warps;
+    int64_t shared_bytes = 0;
     uint8_t arrivals = 0;
     std::map<int64_t, uint32_t> seen;  // block -> how many of its arrivals this one has seen completed
     std::vector<std::unique_ptr<Fiber>> fibers;
     std::map<const void*, SharedStore> shared;
     bool last = false;
     int running = 0;
+};
+
+struct Cluster {
+    std::vector<std::unique_ptr<Block>> blocks;
+    Meeting barrier;
+    int running = 0;  // threads
 };
 
 struct Arrival {
@@ -99,8 +125,7 @@ struct Page {
 
 struct Launch {
     const char* kernel;
-    int64_t blocks;
-    int threads;
+    Shape shape;
     Body body;
     const void* context;
     uint64_t random;
@@ -178,13 +203,15 @@ static void to_fiber(Fiber& fiber) {
     now->current = nullptr;
 }
 
+static void leave(Fiber& fiber);
+
 static void begin() {
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(nullptr, &now->bottom, &now->size);
 #endif
     Fiber& fiber = *now->current;
     now->body(now->context);
-    fiber.state = Fiber::State::done;
+    leave(fiber);
     to_scheduler(fiber);
     __builtin_unreachable();
 }
@@ -220,9 +247,12 @@ static void prepare(Fiber& fiber) {
 // ---- where a thread is
 
 int thread() { return now->current->thread; }
-int threads() { return now->threads; }
+int threads() { return now->shape.threads; }
 int64_t block() { return now->current->block->index; }
-int64_t blocks() { return now->blocks; }
+int64_t blocks() { return now->shape.clusters * now->shape.size; }
+int cluster_rank() { return int(block() % now->shape.size); }
+int cluster_size() { return now->shape.size; }
+int64_t launched_shared_bytes() { return now->shape.shared_bytes; }
 
 static std::string at(Place place) {
     const char* slash = std::strrchr(place.file, '/');
@@ -232,12 +262,17 @@ static std::string who(int64_t block, int thread) {
     return "block " + std::to_string(block) + " thread " + std::to_string(thread);
 }
 
+static std::string who(const Fiber& fiber) { return who(fiber.block->index, fiber.thread); }
+
+static void report(const Fiber& fiber, Place place, const std::string& what) {
+    if (now->failure.empty())
+        now->failure = std::string(now->kernel) + ", " + who(fiber) + ", " + at(place) + ": " + what;
+}
+
 // The launch is given up: the scheduler sees the failure and never comes back to this fiber.
 void fail(const std::string& what, Place place) {
-    Fiber& fiber = *now->current;
-    now->failure =
-        std::string(now->kernel) + ", " + who(fiber.block->index, fiber.thread) + ", " + at(place) + ": " + what;
-    to_scheduler(fiber);
+    report(*now->current, place, what);
+    to_scheduler(*now->current);
     __builtin_unreachable();
 }
 
@@ -256,7 +291,11 @@ Access here(bool atomic) {
 bool ordered(const Access& before, const Access& later) {
     if (before.block < 0) return true;
     if (before.block != later.block) {
-        const auto& seen = now->current->block->seen;
+        const Block& mine = *now->current->block;
+        const int64_t rank = before.block - mine.cluster->blocks[0]->index;
+        if (rank >= 0 && rank < now->shape.size && before.block_epoch < mine.cluster->blocks[size_t(rank)]->met)
+            return true;
+        const auto& seen = mine.seen;
         const auto found = seen.find(before.block);
         return found != seen.end() && before.arrivals < found->second;
     }
@@ -313,60 +352,122 @@ Shadow& global_shadow(uintptr_t address) {
     return shadow;
 }
 
-SharedStore& shared_store(const void* site, const char* name, int64_t count, int64_t size) {
-    SharedStore& memory = now->current->block->shared[site];
-    if (memory.bytes.empty()) {
+static SharedStore& store_of(Block& block, const void* site, const char* name, size_t count, size_t bytes) {
+    SharedStore& memory = block.shared[site];
+    if (memory.site == nullptr) {
+        memory.site = site;
         memory.name = name;
-        memory.bytes.assign(size_t(count * size), '\xa5');
-        memory.shadows.resize(size_t(count));
+        memory.bytes.assign(bytes, '\xa5');
+        memory.shadows.resize(count);
+        block.shared_bytes += int64_t(bytes);
     }
+    return memory;
+}
+
+SharedStore& shared_store(const void* site, const char* name, int64_t count, int64_t size, Place place) {
+    Block& block = *now->current->block;
+    SharedStore& memory = store_of(block, site, name, size_t(count), size_t(count * size));
+    if (block.shared_bytes > kMostShared)
+        fail("the block has " + std::to_string(block.shared_bytes) + " bytes of shared memory", place);
     return memory;
 }
 
 // ---- barriers and collectives
 
-// Waits until every one of fibers [first, end) of the block waits in `state` at this place; the last to come lets all
-// go on, after `release`.
-template <class Release>
-static void meet(Fiber::State state, int first, int end, const char* what, Place place, const Release& release) {
+static std::string named(const Fiber& fiber, const Fiber& reader) {
+    return fiber.block == reader.block ? "thread " + std::to_string(fiber.thread) : who(fiber);
+}
+
+// Waits until `count` threads wait in this meeting at this place; the last to come lets all go on, after `release`.
+// `each` is a function that calls its argument with every fiber of the meeting.
+template <class Each, class Release>
+static void meet(Meeting& meeting, int count, Fiber::State state, const char* what, Place place, const Each& each,
+                 const Release& release) {
     Fiber& mine = *now->current;
-    Block& block = *mine.block;
+    if (meeting.left > 0)
+        each([&](const Fiber& other) {
+            if (other.state == Fiber::State::done)
+                fail(std::string(what) + " that " + named(other, mine) + " cannot reach: it has left the kernel",
+                     place);
+        });
+    if (meeting.waiting == 0) meeting.first = &mine;
+    const Place agreed = meeting.waiting == 0 ? place : meeting.first->place;
+    if (agreed.line != place.line || std::strcmp(agreed.file, place.file) != 0)
+        fail(std::string("diverged ") + what + ": " + named(*meeting.first, mine) + " waits at " + at(agreed), place);
     mine.place = place;
     mine.state = state;
-    bool complete = true;
-    for (int i = first; i < end; ++i) {
-        const Fiber& other = *block.fibers[size_t(i)];
-        if (other.state == Fiber::State::done)
-            fail(std::string(what) + " that thread " + std::to_string(i) + " cannot reach: it has left the kernel",
-                 place);
-        if (other.state == Fiber::State::ready || (other.state != state)) {
-            complete = false;
-            continue;
-        }
-        if (other.place.line != place.line || std::strcmp(other.place.file, place.file) != 0)
-            fail(std::string("diverged ") + what + ": thread " + std::to_string(i) + " waits at " + at(other.place),
-                 place);
-    }
-    if (!complete) {
+    if (++meeting.waiting < count) {
         to_scheduler(mine);
         return;
     }
     release();
-    for (int i = first; i < end; ++i) block.fibers[size_t(i)]->state = Fiber::State::ready;
+    meeting.waiting = 0;
+    each([](Fiber& fiber) { fiber.state = Fiber::State::ready; });
     may_switch();
+}
+
+// Calls f with threads [first, first + count) of a block.
+template <class F>
+static void each_thread(const Block& block, int first, int count, const F& f) {
+    for (int i = first; i < first + count; ++i) f(*block.fibers[size_t(i)]);
 }
 
 void sync_block(Place place) {
     Block& block = *now->current->block;
-    meet(Fiber::State::at_barrier, 0, now->threads, "barrier", place, [&] { ++block.epoch; });
+    const auto each = [&](const auto& f) { each_thread(block, 0, threads(), f); };
+    meet(block.barrier, threads(), Fiber::State::at_barrier, "barrier", place, each, [&] { ++block.epoch; });
+}
+
+void cluster_sync(Place place) {
+    Cluster& cluster = *now->current->block->cluster;
+    const auto each = [&](const auto& f) {
+        for (const auto& block : cluster.blocks) each_thread(*block, 0, threads(), f);
+    };
+    meet(cluster.barrier, threads() * cluster_size(), Fiber::State::at_cluster, "cluster barrier", place, each, [&] {
+        for (const auto& block : cluster.blocks) {
+            block->met = ++block->epoch;
+            block->visit = Visit();
+        }
+    });
+}
+
+SharedStore& remote_store(const SharedStore& own, int rank, Place place) {
+    if (rank < 0 || rank >= cluster_size())
+        fail("rank " + std::to_string(rank) + " of a cluster of " + std::to_string(cluster_size()), place);
+    Block& block = *now->current->block->cluster->blocks[size_t(rank)];
+    if (block.running == 0)
+        fail(std::string("a read of shared ") + own.name + " of block " + std::to_string(block.index) +
+                 ", which has left the kernel",
+             place);
+    return store_of(block, own.site, own.name, own.shadows.size(), own.bytes.size());
+}
+
+void note_visit(int rank, Place place) {
+    Block& block = *now->current->block->cluster->blocks[size_t(rank)];
+    if (&block != now->current->block) block.visit = {now->current, place};
+}
+
+// The last thing that a thread does.
+static void leave(Fiber& fiber) {
+    Block& block = *fiber.block;
+    fiber.state = Fiber::State::done;
+    ++block.barrier.left;
+    ++block.cluster->barrier.left;
+    ++block.warps[size_t(fiber.thread / kWarp)].left;
+    --block.cluster->running;
+    if (--block.running == 0 && block.visit.by != nullptr)
+        report(*block.visit.by, block.visit.place,
+               "a read of the shared memory of block " + std::to_string(block.index) +
+                   ", which leaves the kernel without a cluster barrier after it");
 }
 
 void exchange(uint64_t mine, uint64_t (&all)[kWarp], Place place) {
     Fiber& fiber = *now->current;
     Block& block = *fiber.block;
     const int first = fiber.thread / kWarp * kWarp;
+    const auto each = [&](const auto& f) { each_thread(block, first, kWarp, f); };
     fiber.mine = mine;
-    meet(Fiber::State::at_warp, first, first + kWarp, "warp collective", place, [&] {
+    meet(block.warps[size_t(warp())], kWarp, Fiber::State::at_warp, "warp collective", place, each, [&] {
         for (int to = first; to < first + kWarp; ++to)
             for (int from = 0; from < kWarp; ++from)
                 block.fibers[size_t(to)]->all[from] = block.fibers[size_t(first + from)]->mine;
@@ -378,9 +479,9 @@ void sync_warp(Place place) {
     Fiber& fiber = *now->current;
     Block& block = *fiber.block;
     const int first = fiber.thread / kWarp * kWarp;
-    meet(Fiber::State::at_warp, first, first + kWarp, "warp collective", place, [&] {
-        for (int i = first; i < first + kWarp; ++i) ++block.fibers[size_t(i)]->warp_epoch;
-    });
+    const auto each = [&](const auto& f) { each_thread(block, first, kWarp, f); };
+    meet(block.warps[size_t(warp())], kWarp, Fiber::State::at_warp, "warp collective", place, each,
+         [&] { each([](Fiber& other) { ++other.warp_epoch; }); });
 }
 
 bool last_block(const Global<uint32_t>& tickets, int64_t i, uint32_t count, Place place) {
@@ -408,85 +509,100 @@ bool last_block(const Global<uint32_t>& tickets, int64_t i, uint32_t count, Plac
 
 // ---- the scheduler
 
-static std::unique_ptr<Block> start_block(int64_t index) {
-    std::unique_ptr<Block> block(new Block);
-    block->index = index;
-    block->running = now->threads;
-    for (int t = 0; t < now->threads; ++t) {
-        block->fibers.emplace_back(new Fiber);
-        Fiber& fiber = *block->fibers.back();
-        fiber.block = block.get();
-        fiber.thread = t;
-        prepare(fiber);
+static std::unique_ptr<Cluster> start_cluster(int64_t index) {
+    std::unique_ptr<Cluster> cluster(new Cluster);
+    for (int rank = 0; rank < now->shape.size; ++rank) {
+        cluster->blocks.emplace_back(new Block);
+        Block& block = *cluster->blocks.back();
+        block.cluster = cluster.get();
+        block.index = index * now->shape.size + rank;
+        block.running = threads();
+        block.warps.resize(size_t(threads() / kWarp));
+        for (int t = 0; t < threads(); ++t) {
+            block.fibers.emplace_back(new Fiber);
+            Fiber& fiber = *block.fibers.back();
+            fiber.block = &block;
+            fiber.thread = t;
+            prepare(fiber);
+        }
+        cluster->running += threads();
     }
-    return block;
+    return cluster;
 }
 
 // Runs one block until all of it waits or is done, or for a while; false where nothing could run.
 static bool run_some(Block& block, bool to_the_end) {
-    bool ran = false;
     const int style = int(draw() % 3);  // threads ascending, descending, or from a drawn one on
-    const int n = now->threads, first = style == 2 ? int(draw() % uint64_t(n)) : 0;
+    const int n = threads(), first = style == 2 ? int(draw() % uint64_t(n)) : 0;
+    bool ran = false, progress = true;
     do {
-        bool progress = false;
+        progress = false;
         for (int k = 0; k < n && now->failure.empty(); ++k) {
             const int t = style == 1 ? n - 1 - k : (k + first) % n;
             Fiber& fiber = *block.fibers[size_t(t)];
             if (fiber.state != Fiber::State::ready) continue;
             to_fiber(fiber);
             progress = ran = true;
-            if (fiber.state == Fiber::State::done) --block.running;
         }
-        if (!progress) break;
-    } while (to_the_end && block.running > 0 && now->failure.empty());
+    } while (progress && to_the_end && block.running > 0 && now->failure.empty());
     return ran;
 }
 
-static void report_deadlock(const Block& block) {
-    for (const auto& fiber : block.fibers)
-        if (fiber->state != Fiber::State::done && now->failure.empty())
-            now->failure =
-                std::string(now->kernel) + ", " + who(block.index, fiber->thread) + ", " + at(fiber->place) +
-                ": waits for ever: " + (fiber->state == Fiber::State::at_barrier ? "barrier" : "warp collective") +
-                " that others of the block do not reach";
+// Nothing of the cluster can run: that is a failure where something of it waits.
+static void report_deadlock(const Cluster& cluster) {
+    const Fiber* waits = nullptr;
+    for (const auto& block : cluster.blocks)
+        for (const auto& fiber : block->fibers) {
+            if (fiber->state == Fiber::State::ready) return;
+            if (fiber->state != Fiber::State::done && waits == nullptr) waits = fiber.get();
+        }
+    if (waits == nullptr) return;
+    const char* what = waits->state == Fiber::State::at_cluster   ? "cluster barrier that others of the cluster"
+                       : waits->state == Fiber::State::at_barrier ? "barrier that others of the block"
+                                                                  : "warp collective that others of the block";
+    report(*waits, waits->place, std::string("waits for ever: ") + what + " do not reach");
 }
 
-void run(const char* kernel, int64_t blocks, int threads, Body body, const void* context) {
-    if (blocks == 0) return;
-    if (threads < 1 || threads > 1024 || threads % kWarp != 0 || blocks < 0 || blocks > INT32_MAX)
-        throw std::runtime_error(std::string(kernel) + ": cannot launch " + std::to_string(blocks) + " blocks of " +
-                                 std::to_string(threads) + " threads");
+void run(const char* kernel, const Shape& shape, Body body, const void* context) {
+    if (shape.clusters == 0) return;
+    if (shape.threads < 1 || shape.threads > 1024 || shape.threads % kWarp != 0 || shape.clusters < 0 ||
+        shape.size < 1 || shape.size > 8 || shape.clusters * shape.size > INT32_MAX || shape.shared_bytes < 0)
+        throw std::runtime_error(std::string(kernel) + ": cannot launch " + std::to_string(shape.clusters) +
+                                 " clusters of " + std::to_string(shape.size) + " blocks of " +
+                                 std::to_string(shape.threads) + " threads");
     if (now != nullptr) throw std::runtime_error(std::string(kernel) + ": a launch inside a launch");
     if (memory_of_launches.pages.size() > Memory::kMost) memory_of_launches.forget();
     Launch launch;
     launch.number = ++memory_of_launches.launches;
     launch.kernel = kernel;
-    launch.blocks = blocks;
-    launch.threads = threads;
+    launch.shape = shape;
     launch.body = body;
     launch.context = context;
     launch.random = (schedule.seed + 1) * 0x9E3779B97F4A7C15ull + uint64_t(counts.launches);
     now = &launch;
     ++counts.launches;
 
-    std::vector<int64_t> order(static_cast<size_t>(blocks));
-    for (int64_t i = 0; i < blocks; ++i) order[size_t(i)] = i;
-    for (int64_t i = blocks - 1; i > 0; --i) std::swap(order[size_t(i)], order[size_t(draw() % uint64_t(i + 1))]);
-    std::vector<std::unique_ptr<Block>> alive;
-    std::vector<char*> stacks;
-    const size_t most = schedule.interleaved ? size_t(kAlive) : 1;
+    std::vector<int64_t> order(static_cast<size_t>(shape.clusters));
+    for (size_t i = 0; i < order.size(); ++i) order[i] = int64_t(i);
+    for (size_t i = order.size() - 1; i > 0; --i) std::swap(order[i], order[size_t(draw() % uint64_t(i + 1))]);
+    std::vector<std::unique_ptr<Cluster>> alive;
+    const size_t size = size_t(shape.size);
+    const size_t most = schedule.interleaved ? std::max<size_t>(kAlive / size, 2) : 1;
     size_t next = 0;
     while (launch.failure.empty() && (next < order.size() || !alive.empty())) {
-        while (alive.size() < most && next < order.size()) alive.push_back(start_block(order[next++]));
-        const size_t chosen = size_t(draw() % alive.size());
-        if (!run_some(*alive[chosen], most == 1) && alive[chosen]->running > 0) report_deadlock(*alive[chosen]);
-        if (launch.failure.empty() && alive[chosen]->running == 0) {
-            for (auto& fiber : alive[chosen]->fibers) launch.free_stacks.push_back(fiber->stack);
-            alive.erase(alive.begin() + int64_t(chosen));
-        }
+        while (alive.size() < most && next < order.size()) alive.push_back(start_cluster(order[next++]));
+        const size_t drawn = size_t(draw() % (alive.size() * size));
+        Cluster& cluster = *alive[drawn / size];
+        if (!run_some(*cluster.blocks[drawn % size], !schedule.interleaved)) report_deadlock(cluster);
+        if (!launch.failure.empty()) break;
+        if (cluster.running > 0) continue;
+        for (auto& block : cluster.blocks)
+            for (auto& fiber : block->fibers) launch.free_stacks.push_back(fiber->stack);
+        alive.erase(alive.begin() + int64_t(drawn / size));
     }
-    for (auto& block : alive)
-        for (auto& fiber : block->fibers) munmap(fiber->stack, kStack);
+    for (auto& cluster : alive)
+        for (auto& block : cluster->blocks)
+            for (auto& fiber : block->fibers) munmap(fiber->stack, kStack);
     for (char* stack : launch.free_stacks) munmap(stack, kStack);
     now = nullptr;
     if (!launch.failure.empty()) throw std::runtime_error(launch.failure);

@@ -3,11 +3,13 @@
 // Every thread is a fiber (harness.cpp), so barriers and collectives are real. What is checked, with kernel, block,
 // thread and place of what went wrong:
 //   bounds     every load and store, and the alignment of vectors
-//   races      two threads of a block without a barrier between them, or two blocks that do not meet in last_block(),
-//              at one address, when one of them writes and not both are atomic
-//   barriers   all threads of a block, or all lanes of a warp, at the same place; nobody has left the kernel
+//   races      two threads of a block without a barrier between them, or two blocks that do not meet in last_block() or
+//              cluster_sync(), at one address, when one of them writes and not both are atomic
+//   barriers   all threads of a cluster or block, or all lanes of a warp, at the same place; nobody has left the kernel
 //   unwritten  reads of shared memory that nothing has written
-// Schedules: threads and blocks run in an order drawn from a seed, one block after the other or all in turns.
+//   clusters   ranks; reads of the shared memory of a block that has left the kernel, or may leave it before the read
+// Schedules: threads and blocks run in an order drawn from a seed, one block after the other or all in turns. The
+// blocks of a cluster always run in turns.
 #pragma once
 #include <cstring>
 #include <string>
@@ -27,6 +29,13 @@ namespace simt {
             static char site;                                \
             return static_cast<const void*>(&site);          \
         }(),                                                 \
+        #name)
+#define PSE_LAUNCHED_SHARED(T, name)                   \
+    const auto name = ::pse::simt::launched_shared<T>( \
+        [] {                                           \
+            static char site;                          \
+            return static_cast<const void*>(&site);    \
+        }(),                                           \
         #name)
 #define PSE_UNROLL
 
@@ -153,11 +162,13 @@ void store_vector(const Global<T>& p, int64_t i, const Vector<T, N>& value, PSE_
 // ---- shared memory
 
 struct SharedStore {
+    const void* site;
     const char* name;
     std::string bytes;
     std::vector<Shadow> shadows;  // one per element
 };
-SharedStore& shared_store(const void* site, const char* name, int64_t count, int64_t size);  // of the block that runs
+// Of the block that runs.
+SharedStore& shared_store(const void* site, const char* name, int64_t count, int64_t size, Place place);
 
 template <class T>
 struct Shared {
@@ -167,24 +178,30 @@ struct Shared {
     Shared operator+(int64_t n) const { return {memory, offset + n, count}; }
 };
 template <class T, int64_t N>
-Shared<T> shared_array(const void* site, const char* name) {
-    return {&shared_store(site, name, N, int64_t(sizeof(T))), 0, N};
+Shared<T> shared_array(const void* site, const char* name, PSE_PLACE) {
+    return {&shared_store(site, name, N, int64_t(sizeof(T)), place), 0, N};
+}
+int64_t launched_shared_bytes();
+template <class T>
+Shared<T> launched_shared(const void* site, const char* name, PSE_PLACE) {
+    const int64_t count = launched_shared_bytes() / int64_t(sizeof(T));
+    return {&shared_store(site, name, count, int64_t(sizeof(T)), place), 0, count};
+}
+template <class P>
+std::string shared_name(const P& p, int64_t i) {
+    return std::string("shared ") + p.memory->name + "[" + std::to_string(i) + "]";
 }
 template <class T>
 T* shared_element(const Shared<T>& p, int64_t i, Place place) {
     if (p.offset + i < 0 || p.offset + i >= p.count)
-        fail("index " + std::to_string(p.offset + i) + " of shared " + p.memory->name + "[" + std::to_string(p.count) +
-                 "]",
-             place);
+        fail("index " + std::to_string(p.offset + i) + " of " + shared_name(p, p.count), place);
     return reinterpret_cast<T*>(&p.memory->bytes[0]) + p.offset + i;
 }
 template <class T>
 T load(const Shared<T>& p, int64_t i, PSE_PLACE) {
     const T* element = shared_element(p, i, place);
     Shadow& shadow = p.memory->shadows[size_t(p.offset + i)];
-    if (!shadow.written)
-        fail(std::string("unwritten read of shared ") + p.memory->name + "[" + std::to_string(p.offset + i) + "]",
-             place);
+    if (!shadow.written) fail("unwritten read of " + shared_name(p, p.offset + i), place);
     check_read(shadow, false, p.memory->name, p.offset + i, place);
     return *element;
 }
@@ -302,9 +319,7 @@ T atomic(const Shared<T>& p, int64_t i, const Change& change, Place place) {
     may_switch();
     T* element = shared_element(p, i, place);
     Shadow& shadow = p.memory->shadows[size_t(p.offset + i)];
-    if (!shadow.written)
-        fail(std::string("unwritten read of shared ") + p.memory->name + "[" + std::to_string(p.offset + i) + "]",
-             place);
+    if (!shadow.written) fail("unwritten read of " + shared_name(p, p.offset + i), place);
     check_write(shadow, true, p.memory->name, p.offset + i, place);
     const T before = *element;
     *element = change(before);
@@ -330,21 +345,68 @@ uint32_t atomic_or(const P& p, int64_t i, uint32_t value, PSE_PLACE) {
 // All threads of the block enter together; the block that completes the count sees what the others did before.
 bool last_block(const Global<uint32_t>& tickets, int64_t i, uint32_t count, PSE_PLACE);
 
+// ---- clusters
+
+constexpr bool kHaveClusters = true;
+int cluster_rank();
+int cluster_size();
+void cluster_sync(PSE_PLACE);
+
+// An array of another block of the cluster: it can be read, nothing else.
+template <class T>
+struct Remote {
+    SharedStore* memory;
+    int64_t offset, count;
+    int rank;
+};
+// The store of the same array in the block of that rank. It must not have left the kernel.
+SharedStore& remote_store(const SharedStore& own, int rank, Place place);
+void note_visit(int rank, Place place);  // a read: the block may not leave before the next cluster_sync()
+
+template <class T>
+Remote<T> of_rank(const Shared<T>& p, int rank, PSE_PLACE) {
+    return {&remote_store(*p.memory, rank, place), p.offset, p.count, rank};
+}
+template <class T>
+T load(const Remote<T>& p, int64_t i, PSE_PLACE) {
+    remote_store(*p.memory, p.rank, place);  // it may have left since of_rank()
+    note_visit(p.rank, place);
+    return load(Shared<T>{p.memory, p.offset, p.count}, i, place);
+}
+
 inline int count_bits(uint32_t x) { return __builtin_popcount(x); }
 inline int count_leading_zeros(uint32_t x) { return x == 0 ? 32 : __builtin_clz(x); }
 inline int count_leading_zeros(uint64_t x) { return x == 0 ? 64 : __builtin_clzll(x); }
 
 // ---- launches
 
+struct Shape {
+    int64_t clusters;
+    int size;  // blocks of a cluster
+    int threads;
+    int64_t shared_bytes;  // of PSE_LAUNCHED_SHARED
+};
 using Body = void (*)(const void* context);
-void run(const char* kernel, int64_t blocks, int threads, Body body, const void* context);  // throws what went wrong
+void run(const char* kernel, const Shape& shape, Body body, const void* context);  // throws what went wrong
 
 template <class... Parameters, class... Arguments>
-int launch(const char* name, const Target&, int64_t blocks, int threads, void (*kernel)(Parameters...),
-           Arguments... arguments) {
+int launch_clusters(const char* name, const Target&, int64_t clusters, int size, int threads, int64_t bytes,
+                    void (*kernel)(Parameters...), Arguments... arguments) {
     const auto call = [&] { kernel(Parameters(arguments)...); };
-    run(name, blocks, threads, [](const void* context) { (*static_cast<decltype(call)*>(context))(); }, &call);
+    const Shape shape = {clusters, size, threads, bytes};
+    run(name, shape, [](const void* context) { (*static_cast<decltype(call)*>(context))(); }, &call);
     return 0;
+}
+template <class... Parameters, class... Arguments>
+int launch(const char* name, const Target& target, int64_t blocks, int threads, void (*kernel)(Parameters...),
+           Arguments... arguments) {
+    return launch_clusters(name, target, blocks, 1, threads, 0, kernel, arguments...);
+}
+
+constexpr int64_t kMostShared = 227 << 10;  // bytes of a block, as on compute capability 9.0
+template <class... Parameters>
+int64_t cluster_shared_limit(int, void (*)(Parameters...)) {
+    return kMostShared - (48 << 10);  // what else the kernel has is known only while it runs
 }
 
 inline int fill_zero(const Target&, void* data, int64_t bytes) {
@@ -355,7 +417,8 @@ inline int fill_zero(const Target&, void* data, int64_t bytes) {
 // How the next launches are scheduled; counts of what was done, for the tests.
 struct Schedule {
     uint64_t seed = 0;
-    bool interleaved = false;  // up to kAlive blocks at once, else one after the other in a drawn order
+    bool interleaved =
+        false;  // up to kAlive blocks at once, else one (or one cluster) after the other in a drawn order
 };
 extern Schedule schedule;
 struct Counts {

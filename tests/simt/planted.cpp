@@ -138,6 +138,115 @@ PSE_KERNEL(kThreads) depends_on_block_order(Global<int32_t> data) {
     if (thread() == 0) store(data, block(), atomic_add(data, kThreads, 1));
 }
 
+// ---- clusters: each block gives its neighbour, of the next rank, what it has in shared memory
+
+PSE_DEVICE int next_rank() { return (cluster_rank() + 1) % cluster_size(); }
+
+PSE_KERNEL(kThreads) neighbours(Global<int32_t> data) {
+    PSE_SHARED(int32_t, tile, kThreads);
+    store(tile, thread(), int32_t(100 * block()) + thread());
+    cluster_sync();
+    store(data, block() * kThreads + thread(), load(of_rank(tile, next_rank()), kThreads - 1 - thread()));
+    cluster_sync();
+}
+PSE_KERNEL(kThreads) neighbours_in_turns(Global<int32_t> data) {  // two arrays: a barrier a round is enough
+    PSE_SHARED(int32_t, tile, 2 * kThreads);
+    int32_t x = int32_t(block());
+    for (int round = 0; round < 4; ++round) {
+        const int at = round % 2 * kThreads + thread();
+        store(tile, at, x);
+        cluster_sync();
+        x = load(of_rank(tile, next_rank()), at);
+    }
+    store(data, block() * kThreads + thread(), x);
+    cluster_sync();
+}
+PSE_KERNEL(kThreads) blocks_of_a_cluster_through_memory(Global<int32_t> data) {
+    store(data, block() * kThreads + thread(), int32_t(block()));
+    cluster_sync();
+    const int64_t next = block() - cluster_rank() + next_rank();
+    const int32_t x = load(data, next * kThreads + thread());
+    cluster_sync();
+    store(data, block() * kThreads + thread(), x);
+}
+PSE_KERNEL(kThreads) launched_tile(Global<int32_t> data) {
+    PSE_LAUNCHED_SHARED(int32_t, tile);
+    store(tile, thread(), int32_t(block()));
+    cluster_sync();
+    store(data, block() * kThreads + thread(), load(of_rank(tile, next_rank()), thread()));
+    cluster_sync();
+}
+PSE_KERNEL(kThreads) launched_tile_off_by_one(Global<int32_t> data) {
+    PSE_LAUNCHED_SHARED(int32_t, tile);
+    store(tile, thread() + 1, load(data, thread()));
+}
+PSE_KERNEL(kThreads) neighbours_without_barrier(Global<int32_t> data) {
+    PSE_SHARED(int32_t, tile, kThreads);
+    store(tile, thread(), 0);
+    cluster_sync();
+    store(tile, thread(), int32_t(block()));
+    sync_block();  // not enough: the other blocks
+    store(data, block() * kThreads + thread(), load(of_rank(tile, next_rank()), thread()));
+    cluster_sync();
+}
+PSE_KERNEL(kThreads) neighbours_overwritten(Global<int32_t> data) {
+    PSE_SHARED(int32_t, tile, kThreads);
+    int32_t x = int32_t(block());
+    for (int round = 0; round < 2; ++round) {
+        store(tile, thread(), x);
+        cluster_sync();
+        x = load(of_rank(tile, next_rank()), thread());
+        sync_block();  // not enough: the next round writes what others still read
+    }
+    store(data, block() * kThreads + thread(), x);
+    cluster_sync();
+}
+PSE_KERNEL(kThreads) leaves_before_it_is_read(Global<int32_t> data) {
+    PSE_SHARED(int32_t, tile, kThreads);
+    store(tile, thread(), int32_t(block()));
+    cluster_sync();
+    store(data, block() * kThreads + thread(), load(of_rank(tile, next_rank()), thread()));
+}
+PSE_KERNEL(kThreads) rank_out_of_range(Global<int32_t> data) {
+    PSE_SHARED(int32_t, tile, kThreads);
+    store(tile, thread(), int32_t(block()));
+    cluster_sync();
+    store(data, block() * kThreads + thread(), load(of_rank(tile, cluster_rank() + 1), thread()));
+    cluster_sync();
+}
+PSE_KERNEL(kThreads) two_cluster_barriers_that_differ(Global<int32_t> data) {
+    if (cluster_rank() == 0)
+        cluster_sync();
+    else
+        cluster_sync();
+    store(data, block() * kThreads + thread(), 1);
+}
+PSE_KERNEL(kThreads) cluster_barrier_of_some(Global<int32_t> data) {
+    if (cluster_rank() != 1) cluster_sync();
+    store(data, block() * kThreads + thread(), 1);
+}
+PSE_KERNEL(kThreads) barriers_of_two_kinds(Global<int32_t> data) {
+    if (thread() < 32)
+        cluster_sync();
+    else
+        sync_block();
+    store(data, block() * kThreads + thread(), 1);
+}
+PSE_KERNEL(kThreads) unwritten_remote_read(Global<int32_t> data) {
+    PSE_SHARED(int32_t, tile, kThreads);
+    if (cluster_rank() != 2 || thread() != 7) store(tile, thread(), 1);
+    cluster_sync();
+    store(data, block() * kThreads + thread(), load(of_rank(tile, next_rank()), thread()));
+    cluster_sync();
+}
+PSE_KERNEL(kThreads) other_cluster_through_memory(Global<int32_t> data) {
+    store(data, block() * kThreads + thread(), 1);
+    cluster_sync();
+    const int32_t x = load(data, (block() + 1) % blocks() * kThreads + thread());
+    cluster_sync();
+    store(data, 0, x);
+}
+
 static const Target kHere = {0, nullptr};
 
 std::vector<std::string> planted_names() {
@@ -167,7 +276,21 @@ std::vector<std::string> planted_names() {
             "sum_by_a_block_that_does_not_wait",
             "late_write",
             "dirty_ticket",
-            "depends_on_block_order"};
+            "depends_on_block_order",
+            "neighbours",
+            "neighbours_in_turns",
+            "blocks_of_a_cluster_through_memory",
+            "launched_tile",
+            "launched_tile_off_by_one",
+            "neighbours_without_barrier",
+            "neighbours_overwritten",
+            "leaves_before_it_is_read",
+            "rank_out_of_range",
+            "two_cluster_barriers_that_differ",
+            "cluster_barrier_of_some",
+            "barriers_of_two_kinds",
+            "unwritten_remote_read",
+            "other_cluster_through_memory"};
 }
 
 std::vector<int32_t> planted(const std::string& name) {
@@ -180,6 +303,8 @@ std::vector<int32_t> planted(const std::string& name) {
     if (name == #kernel) launch(#kernel, kHere, blocks, kThreads, kernel, data)
 #define PSE_TWO(kernel, blocks) \
     if (name == #kernel) launch(#kernel, kHere, blocks, kThreads, kernel, data, tickets)
+#define PSE_CLUSTER(kernel, clusters, size) \
+    if (name == #kernel) launch_clusters(#kernel, kHere, clusters, size, kThreads, kThreads * 4, kernel, data)
     PSE_ONE(reverse_with_barrier, 1);
     PSE_ONE(reverse_without_barrier, 1);
     PSE_ONE(shift_in_a_warp, 1);
@@ -210,6 +335,21 @@ std::vector<int32_t> planted(const std::string& name) {
         ticket = 7;
         PSE_TWO(dirty_ticket, 2);
     }
+    PSE_CLUSTER(neighbours, 1, 4);
+    PSE_CLUSTER(neighbours_in_turns, 1, 4);
+    PSE_CLUSTER(blocks_of_a_cluster_through_memory, 2, 2);
+    PSE_CLUSTER(launched_tile, 2, 2);
+    PSE_CLUSTER(launched_tile_off_by_one, 2, 2);
+    PSE_CLUSTER(neighbours_without_barrier, 1, 4);
+    PSE_CLUSTER(neighbours_overwritten, 1, 4);
+    PSE_CLUSTER(leaves_before_it_is_read, 1, 4);
+    PSE_CLUSTER(rank_out_of_range, 1, 4);
+    PSE_CLUSTER(two_cluster_barriers_that_differ, 1, 4);
+    PSE_CLUSTER(cluster_barrier_of_some, 1, 4);
+    PSE_CLUSTER(barriers_of_two_kinds, 1, 4);
+    PSE_CLUSTER(unwritten_remote_read, 1, 4);
+    PSE_CLUSTER(other_cluster_through_memory, 2, 2);
+#undef PSE_CLUSTER
 #undef PSE_ONE
 #undef PSE_TWO
     memory.push_back(int32_t(ticket));

@@ -13,6 +13,10 @@ SOUND = {
     "count_with_atomics": [192, 1, 2],
     "sum_by_the_last_block": [1, 1, 1],
     "core_function": [5, 6, 7],
+    "neighbours": [163, 162, 161],
+    "neighbours_in_turns": [0, 0, 0],
+    "blocks_of_a_cluster_through_memory": [1, 1, 1],
+    "launched_tile": [1, 1, 1],
 }
 # What the report must say; the first word is the kernel's name, then block, thread and the line.
 BROKEN = {
@@ -37,6 +41,19 @@ BROKEN = {
     "sum_by_a_block_that_does_not_wait": "race at global memory.*a read here, a write by block",
     "late_write": "race at global memory",
     "dirty_ticket": "ticket 0 stood at 7 of 2",
+    "launched_tile_off_by_one": r"index 64 of shared tile\[64\]",
+    "neighbours_without_barrier": "race at tile.*a read here, a write by block",
+    "neighbours_overwritten": "race at tile.*a write here, a read by block",
+    "leaves_before_it_is_read": (
+        "a read of the shared memory of block [0-9], which leaves the kernel without a cluster barrier after it"
+        "|a read of shared tile of block [0-9], which has left the kernel"
+    ),
+    "rank_out_of_range": "rank 4 of a cluster of 4",
+    "two_cluster_barriers_that_differ": "diverged cluster barrier: (block [0-9] )?thread [0-9]+ waits at planted.cpp",
+    "cluster_barrier_of_some": "cluster barrier that block 1 thread 0 cannot reach|waits for ever: cluster barrier",
+    "barriers_of_two_kinds": "waits for ever: (cluster )?barrier that others of the (cluster|block) do not reach",
+    "unwritten_remote_read": r"block 1 thread 7,.* unwritten read of shared tile\[7\]",
+    "other_cluster_through_memory": "race at global memory",
 }
 
 

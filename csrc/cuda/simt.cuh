@@ -20,6 +20,7 @@ namespace pse {
 namespace simt {
 
 #define PSE_DEVICE __device__ __forceinline__
+#define PSE_METHOD __device__ __forceinline__                                  // the same for a function of a struct
 #define PSE_KERNEL(...) static __global__ void __launch_bounds__(__VA_ARGS__)  // threads, blocks per processor
 #define PSE_SHARED(T, name, count) __shared__ T name[count]
 #define PSE_LAUNCHED_SHARED(T, name) extern __shared__ T name[]  // as many as launch_clusters() was told: one a kernel

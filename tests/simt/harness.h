@@ -22,6 +22,7 @@ namespace pse {
 namespace simt {
 
 #define PSE_DEVICE static inline
+#define PSE_METHOD inline
 #define PSE_KERNEL(...) static void
 #define PSE_SHARED(T, name, count)                           \
     const auto name = ::pse::simt::shared_array<T, (count)>( \

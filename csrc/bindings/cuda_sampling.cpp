@@ -28,6 +28,10 @@ cuda::Logits cuda_logits(const CudaView& base, const CudaView& guide, int64_t gu
     return logits;
 }
 
+int sampled(const cuda::SampleArgs& args, bool clusters, int device, void* stream) {
+    return clusters ? cuda::guided_sample_in_clusters(args, device, stream) : cuda::guided_sample(args, device, stream);
+}
+
 }  // namespace
 }  // namespace pse
 
@@ -35,11 +39,13 @@ void pse::register_cuda_sampling(py::module_& m) {
     m.def("sampling_scratch_bytes", &cuda::sampling_scratch_bytes, py::arg("rows"), py::arg("vocab"),
           py::arg("filters"), py::arg("threads"),
           "device scratch that the launchers below need (csrc/cuda/sampling.h)");
+    m.def("sampling_fits_cluster", &cuda::sampling_fits_cluster, py::arg("vocab"), py::arg("threads"),
+          py::arg("device"), "whether the launchers below can sample with clusters=True, then without scratch");
     m.def(
         "guided_sample",
         [](const CudaView& base, const CudaView& guide, int64_t guides, int64_t rows, int64_t vocab, float guidance,
            float temperature, int64_t top_k, float top_p, float min_p, int64_t seed, int64_t offset, bool filters,
-           uintptr_t tokens, uintptr_t scratch, int threads, int device, uintptr_t stream) {
+           uintptr_t tokens, uintptr_t scratch, bool clusters, int threads, int device, uintptr_t stream) {
             cuda::SampleArgs args = {};
             args.logits = cuda_logits(base, guide, guides, rows, vocab);
             args.same = {guidance, temperature, top_p, min_p, top_k, seed, offset};
@@ -48,17 +54,18 @@ void pse::register_cuda_sampling(py::module_& m) {
             args.tokens = pointer<int64_t>(tokens);
             args.scratch = pointer(scratch);
             args.threads = threads;
-            return cuda::guided_sample(args, device, pointer(stream));
+            return sampled(args, clusters, device, pointer(stream));
         },
         py::arg("base"), py::arg("guide"), py::arg("guides"), py::arg("rows"), py::arg("vocab"), py::arg("guidance"),
         py::arg("temperature"), py::arg("top_k"), py::arg("top_p"), py::arg("min_p"), py::arg("seed"),
-        py::arg("offset"), py::arg("filters"), py::arg("tokens"), py::arg("scratch"), py::arg("threads"),
-        py::arg("device"), py::arg("stream"), "one set of parameters for all rows (csrc/cuda/sampling.h)");
+        py::arg("offset"), py::arg("filters"), py::arg("tokens"), py::arg("scratch"), py::arg("clusters"),
+        py::arg("threads"), py::arg("device"), py::arg("stream"),
+        "one set of parameters for all rows (csrc/cuda/sampling.h)");
     m.def(
         "guided_sample_rows",
         [](const CudaView& base, const CudaView& guide, int64_t guides, int64_t rows, int64_t vocab, uintptr_t knobs,
            uintptr_t counters, bool row_in_counter, uintptr_t words, uintptr_t tokens, uintptr_t logprobs,
-           uintptr_t scratch, int threads, int device, uintptr_t stream) {
+           uintptr_t scratch, bool clusters, int threads, int device, uintptr_t stream) {
             cuda::SampleArgs args = {};
             args.logits = cuda_logits(base, guide, guides, rows, vocab);
             args.knobs = pointer<const float>(knobs);
@@ -70,11 +77,11 @@ void pse::register_cuda_sampling(py::module_& m) {
             args.logprobs = pointer<float>(logprobs);
             args.scratch = pointer(scratch);
             args.threads = threads;
-            return cuda::guided_sample(args, device, pointer(stream));
+            return sampled(args, clusters, device, pointer(stream));
         },
         py::arg("base"), py::arg("guide"), py::arg("guides"), py::arg("rows"), py::arg("vocab"), py::arg("knobs"),
         py::arg("counters"), py::arg("row_in_counter"), py::arg("words"), py::arg("tokens"), py::arg("logprobs"),
-        py::arg("scratch"), py::arg("threads"), py::arg("device"), py::arg("stream"),
+        py::arg("scratch"), py::arg("clusters"), py::arg("threads"), py::arg("device"), py::arg("stream"),
         "parameters per row: fp32 knobs [rows, 3 + guides], int64 counters [rows, 3]; words [rows] replace the draw");
     m.def(
         "guided_logprobs",

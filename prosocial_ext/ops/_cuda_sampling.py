@@ -1,11 +1,15 @@
-"""The sampling ops on CUDA tensors (csrc/cuda/sampling.cu): allocate, launch, return; nothing waits for the device.
+"""The sampling ops on CUDA tensors (csrc/cuda/sampling*.cu): allocate, launch, return; nothing waits for the device.
 
+Tokens are drawn in one of two forms, with the same result: by a cluster of blocks per row, in one launch, where the GPU
+has clusters and the row fits their shared memory; else in chunks, in two launches, or three with filters.
 A row without a distribution, or with a parameter out of range, gives token -1 and NaN log-probs.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import Any
 
 import torch
 
@@ -16,7 +20,19 @@ from prosocial_ext.reference import sampling_arguments as arguments
 
 __all__ = ["logprobs", "sample", "sample_rows"]
 
-block_threads = 0  # of the kernels' blocks: 64 or 256, 0 for the launchers' choice (tests)
+block_threads = 0  # of the kernels' blocks: 64 or 256 (512 in clusters), 0 for the launchers' choice (tests)
+in_clusters: bool | None = None  # whether tokens are drawn by clusters; None: wherever they can be (tests)
+
+
+@functools.cache
+def _fits_cluster(launchers: Any, vocab: int, threads: int, device: int) -> bool:
+    return bool(launchers.sampling_fits_cluster(vocab, threads, device))
+
+
+def _by_cluster(base: torch.Tensor, vocab: int) -> bool:
+    if in_clusters is not None:
+        return in_clusters
+    return _fits_cluster(_cuda.launchers, vocab, block_threads, base.get_device() if base.is_cuda else 0)
 
 
 def _scratch(base: torch.Tensor, vocab: int, filters: bool) -> torch.Tensor:
@@ -37,17 +53,19 @@ def sample(
     top_p: float = 1.0,
     min_p: float = 0.0,
 ) -> torch.Tensor:
-    """Draw with one set of parameters: two launches, three with top-k or top-p."""
+    """Draw with one set of parameters: in chunks two launches, three with top-k or top-p."""
     base = unit_columns(base)
     guide = None if guide is None else unit_columns(guide)
     (base_view, _), (guide_view, guides) = view(base), view(guide)
     tokens = torch.empty(base.shape[0], dtype=torch.int64, device=base.device)
     filters = temperature > 0 and (0 < top_k < vocab or top_p < 1)
-    scratch = _scratch(base, vocab, filters)
+    clusters = _by_cluster(base, vocab)
+    scratch = None if clusters else _scratch(base, vocab, filters)
     error = _cuda.launchers.guided_sample(
         *(base_view, guide_view, guides, base.shape[0], vocab),
         *(guidance, temperature, top_k, top_p, min_p, seed, offset, filters),
-        *(tokens.data_ptr(), scratch.data_ptr(), block_threads, *_cuda.target(base)),
+        *(tokens.data_ptr(), 0 if scratch is None else scratch.data_ptr(), clusters, block_threads),
+        *_cuda.target(base),
     )
     _cuda.checked(error)
     return tokens
@@ -63,7 +81,7 @@ def sample_rows(
     logprobs: bool,
     words: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw with parameters per row, which stay on the device: always three launches.
+    """Draw with parameters per row, which stay on the device: in chunks always three launches.
 
     ``words`` [B] replaces the random words (tests). Returns tokens and log-probs, the latter empty unless asked for.
     """
@@ -74,11 +92,12 @@ def sample_rows(
     rounded, counted = knobs.to(torch.float32).contiguous(), counters.contiguous()
     tokens = torch.empty(rows, dtype=torch.int64, device=device)
     drawn = torch.empty(rows if logprobs else 0, dtype=torch.float32, device=device)
-    scratch = _scratch(base, vocab, True)
+    clusters = _by_cluster(base, vocab)
+    scratch = None if clusters else _scratch(base, vocab, True)
     error = _cuda.launchers.guided_sample_rows(
         *(base_view, guide_view, guides, rows, vocab, rounded.data_ptr(), counted.data_ptr(), row_in_counter),
         *(0 if words is None else words.data_ptr(), tokens.data_ptr(), drawn.data_ptr() if logprobs else 0),
-        *(scratch.data_ptr(), block_threads, *_cuda.target(base)),
+        *(0 if scratch is None else scratch.data_ptr(), clusters, block_threads, *_cuda.target(base)),
     )
     _cuda.checked(error)
     return tokens, drawn

@@ -29,11 +29,18 @@ FILTERS = {
     "min_p_1": {"min_p": 1.0},
     "all_three": {"top_k": 40, "top_p": 0.9, "min_p": 0.01},
 }
-NARROW, WIDE = 64, 256  # threads of a block: 512 tokens, 4096 tokens
+NARROW, WIDE = 64, 256  # threads of a block: 512 tokens, 4096 tokens; WIDE is 512 in clusters
+
+
+@pytest.fixture(params=[False, True], ids=["chunks", "clusters"])
+def in_clusters(request, monkeypatch):
+    """Force either form of the sampling kernels."""
+    monkeypatch.setattr(_cuda_sampling, "in_clusters", request.param)
+    return request.param
 
 
 @pytest.fixture
-def cuda(simt, monkeypatch):
+def cuda(simt, in_clusters, monkeypatch):
     """`prosocial_ext.ops` on the CUDA kernels in the harness; all memory that they get is dirty."""
     monkeypatch.setattr(public, "_sample", _cuda_sampling.sample)
     monkeypatch.setattr(public, "_sample_rows", _cuda_sampling.sample_rows)
@@ -354,20 +361,39 @@ def test_scratch_of_an_earlier_call_may_be_used_again(cuda, block, monkeypatch):
         assert_same_bits(cuda.guided_logprobs(base), reference.guided_logprobs(base))
 
 
-def test_two_launches_without_threshold_filters_and_three_with(simt, cuda):
-    def launches(call):
-        before = simt.counts()["launches"]
-        call()
-        return simt.counts()["launches"] - before
+def launches(simt, call):
+    before = simt.counts()["launches"]
+    call()
+    return simt.counts()["launches"] - before
 
+
+def test_chunks_take_two_launches_and_three_with_threshold_filters_clusters_one(simt, cuda, in_clusters):
     base = CASES["normal"]
-    assert launches(lambda: cuda.guided_sample(base)) == 2
-    assert launches(lambda: cuda.guided_sample(base, temperature=0.0, top_k=5)) == 2
-    assert launches(lambda: cuda.guided_sample(base, min_p=0.1)) == 2
-    assert launches(lambda: cuda.guided_sample(base, top_k=300)) == 2
-    assert launches(lambda: cuda.guided_sample(base, top_p=0.9)) == 3
-    assert launches(lambda: cuda.guided_sample(base, return_logprobs=True)) == 3
-    assert launches(lambda: cuda.guided_logprobs(base)) == 3
+    for kwargs in ({}, {"temperature": 0.0, "top_k": 5}, {"min_p": 0.1}, {"top_k": 300}):
+        assert launches(simt, lambda kwargs=kwargs: cuda.guided_sample(base, **kwargs)) == (1 if in_clusters else 2)
+    for kwargs in ({"top_p": 0.9}, {"return_logprobs": True}):
+        assert launches(simt, lambda kwargs=kwargs: cuda.guided_sample(base, **kwargs)) == (1 if in_clusters else 3)
+    assert launches(simt, lambda: cuda.guided_logprobs(base)) == 3
+
+
+def test_clusters_are_taken_where_a_row_fits_their_shared_memory(simt, cuda, monkeypatch):
+    fits = _cuda.launchers.sampling_fits_cluster
+    assert fits(1, 0, 0)
+    assert fits(128_256, 0, 0)
+    assert fits(262_144, 0, 0)
+    assert not fits(1 << 20, 0, 0)
+    monkeypatch.setattr(_cuda_sampling, "in_clusters", None)
+    assert launches(simt, lambda: cuda.guided_sample(CASES["normal"], top_k=7)) == 1
+    monkeypatch.setattr(_cuda_sampling, "_fits_cluster", lambda launchers, vocab, threads, device: False)
+    assert launches(simt, lambda: cuda.guided_sample(CASES["normal"], top_k=7)) == 3
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+@pytest.mark.parametrize("name", ["normal", "ties_everywhere", "masked"])
+def test_rows_of_nine_reads_agree_with_the_reference(cuda, block, name, filters):
+    block(NARROW)
+    base = CASES[name].repeat(1, 15)[:, :4400] + torch.linspace(0, 3, 4400)  # three of eight blocks have none
+    agrees(cuda, base, scalar=False, seed=5, **FILTERS[filters])
 
 
 # ---- rows that have no answer

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from prosocial_ext import ops, peers
+from prosocial_ext.ops import _cuda_sampling
 
 RUNS = 50
 
@@ -135,6 +136,15 @@ def flashinfer(base: torch.Tensor, guide: torch.Tensor, top_k: int, top_p: float
     return call
 
 
+def in_chunks(call: Callable[[], object]) -> object:
+    """Sample as GPUs without clusters do."""
+    _cuda_sampling.in_clusters = False
+    try:
+        return call()
+    finally:
+        _cuda_sampling.in_clusters = None
+
+
 def sampling_cases(clock: Clock) -> Iterator[Case]:
     """B = 1 and 32 at the vocabulary of Llama 3."""
     vocab = 128_256
@@ -154,6 +164,7 @@ def sampling_cases(clock: Clock) -> Iterator[Case]:
                 expected = ops.guided_sample(base.cpu(), guide.cpu(), top_k=top_k, top_p=top_p, seed=7)
                 assert torch.equal(call().cpu(), expected)
                 others: dict[str, Callable[[], object]] = {
+                    "in chunks": partial(in_chunks, call),
                     "torch": partial(peers.sampling_chain, base, guide, top_k, top_p),
                     "torch.compile": partial(compiled, base, guide, top_k, top_p),
                 }

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from prosocial_ext import ops
+from prosocial_ext.ops import _cuda, _cuda_sampling
 from tests.asserts import assert_same_bits
 from tests.ops.inputs import DTYPES, logits_cases
 
@@ -39,6 +40,15 @@ def to(device: torch.device, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
 # ---- sampling
 
 
+@pytest.fixture(params=["chunks", "clusters"])
+def form(request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sample in chunks, or by clusters wherever a row fits."""
+    if request.param == "clusters" and not _cuda.launchers.sampling_fits_cluster(1, 0, device.index):
+        pytest.skip("this GPU has no clusters, or this build no code for them")
+    monkeypatch.setattr(_cuda_sampling, "in_clusters", False if request.param == "chunks" else None)
+
+
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
 @pytest.mark.parametrize("case", sorted(logits_cases()))
 def test_small_rows_give_the_same_tokens(device: torch.device, case: str, filters: dict[str, Any]) -> None:
@@ -52,6 +62,7 @@ def test_small_rows_give_the_same_tokens(device: torch.device, case: str, filter
             assert_same_bits(actual.cpu(), wanted)
 
 
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
 @pytest.mark.parametrize(("rows", "vocab"), [(1, 128_256), (32, 128_256), (3, 4097), (2, 262_144)])
@@ -65,6 +76,7 @@ def test_large_vocabularies(
     assert_same_bits(ops.guided_sample(base.to(device), guide.to(device), seed=11, **filters).cpu(), expected)
 
 
+@pytest.mark.usefixtures("form")
 def test_small_a_bad_row_is_flagged_and_the_others_are_drawn(device: torch.device) -> None:
     base = torch.randn(4, 100)
     base[1, 3] = torch.nan
@@ -202,9 +214,15 @@ def calls(device: torch.device) -> dict[str, Callable[[], torch.Tensor]]:
         ops.topm_subtract_(copies, b, t, density=0.1, check_finite=False)
         return torch.cat(copies)
 
+    def sample_in_chunks() -> torch.Tensor:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_cuda_sampling, "in_clusters", False)
+            return ops.guided_sample(base, guide, top_k=50, top_p=0.9, min_p=0.01, seed=3)
+
     return {
         "sample": lambda: ops.guided_sample(base, guide, seed=3),
         "sample_filtered": lambda: ops.guided_sample(base, guide, top_k=50, top_p=0.9, min_p=0.01, seed=3),
+        "sample_in_chunks": sample_in_chunks,
         "logprobs": lambda: ops.guided_logprobs(base, guide),
         "project": lambda: ops.project_conflicts(grads, seed=2),
         "gram": lambda: ops.gradient_gram(grads),
@@ -213,7 +231,7 @@ def calls(device: torch.device) -> dict[str, Callable[[], torch.Tensor]]:
     }
 
 
-NAMES = ["sample", "sample_filtered", "logprobs", "project", "gram", "edit"]
+NAMES = ["sample", "sample_filtered", "sample_in_chunks", "logprobs", "project", "gram", "edit"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,6 +1,5 @@
-// Guided sampling on CUDA: arguments and launchers (csrc/cuda/sampling.cu, sampling_cluster.cu). python_ref/sampling.py
-// is the definition. All addresses are the device's. Nothing is allocated, nothing synchronises; results are
-// cudaError_t as int.
+// Guided sampling on CUDA: arguments and launchers (csrc/cuda/sampling*.cu). python_ref/sampling.py is the definition.
+// All addresses are the device's. Nothing is allocated, nothing synchronises; results are cudaError_t as int.
 #pragma once
 #include <stdint.h>
 
@@ -37,9 +36,8 @@ struct SampleArgs {
     const uint64_t* words;    // [rows] to draw with instead of Philox's, or null (tests)
     int64_t* tokens;          // [rows]; -1 in a row that has no distribution or a parameter out of range
     float* logprobs;          // [rows] or null; NaN in such a row
-    void* scratch;  // sampling_scratch_bytes(rows, vocab, filters, threads), aligned to 16; any contents; null
-                    // in clusters
-    int threads;    // of a block: 64 or 256 (512 in clusters), or 0 for the launcher's choice
+    void* scratch;            // sampling_scratch_bytes(rows, vocab, filters, threads), aligned to 16; any contents
+    int threads;              // of a block: 64 or 256 (512 in clusters), or 0 for the launcher's choice
 };
 
 struct LogprobArgs {
@@ -55,8 +53,9 @@ int64_t sampling_scratch_bytes(int64_t rows, int64_t vocab, bool filters, int th
 int guided_sample(const SampleArgs& args, int device, void* stream);     // 2 launches, 3 with filters
 int guided_logprobs(const LogprobArgs& args, int device, void* stream);  // 3 launches
 
-// The same tokens by a cluster of blocks per row: 1 launch, no scratch. For rows that fit the shared memory of a
-// cluster; none does where the device has no clusters (compute capability below 9.0), or no code for them was compiled.
+// The same tokens by a cluster of blocks per row: 1 launch, and scratch is not used. For rows that fit the shared
+// memory of a cluster; none does where the device has no clusters (compute capability below 9.0), or no code for them
+// was compiled.
 bool sampling_fits_cluster(int64_t vocab, int threads, int device);
 int guided_sample_in_clusters(const SampleArgs& args, int device, void* stream);
 

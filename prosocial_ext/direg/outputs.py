@@ -1,0 +1,114 @@
+"""Files and folders that exist complete or not at all: written beside their place under a hidden name, then renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from prosocial_ext.direg.errors import refuse
+
+__all__ = ["check_output", "new_file", "new_folder"]
+
+_REMEDY = "Name another output, or allow it with overwrite=True (--overwrite)."
+
+
+def check_output(path: Path, *, overwrite: bool, folder: bool) -> None:
+    """Raise unless ``path`` may be made: its parent is there, and it is free or may be overwritten.
+
+    Raises:
+        CheckpointError: It is a symlink, of the other kind, taken, or has no folder to lie in.
+    """
+    if path.name in ("", "..") or not path.parent.is_dir():
+        refuse(f"output {path}", "lie in a folder that exists", str(path.parent), "Make the folder first.")
+    if path.is_symlink():
+        refuse(f"output {path}", "not be a symlink", f"one to {os.readlink(path)}", "Name the place itself.")
+    if path.exists():
+        if not overwrite:
+            refuse(f"output {path}", "not exist", "something that does", _REMEDY)
+        if path.is_dir() != folder:
+            refuse(f"output {path}", "be a folder" if folder else "be a file", "the other", "Name another output.")
+
+
+@contextmanager
+def new_file(path: Path, *, overwrite: bool = False) -> Iterator[int]:
+    """Yield the descriptor of a new file (read and write) that becomes ``path``, synced, if the block succeeds.
+
+    >>> place = Path(tempfile.mkdtemp()) / "a"
+    >>> with new_file(place) as descriptor:
+    ...     os.write(descriptor, b"complete"), place.exists()
+    (8, False)
+    >>> place.read_text()
+    'complete'
+    """
+    check_output(path, overwrite=overwrite, folder=False)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    try:
+        try:
+            yield descriptor
+            os.fchmod(descriptor, 0o666 & ~_umask())
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        check_output(path, overwrite=overwrite, folder=False)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+    _sync_folder(path.parent)
+
+
+@contextmanager
+def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield an empty folder that becomes ``path`` if the block succeeds; a folder that was there is then removed.
+
+    The block syncs its own files.
+
+    >>> place = Path(tempfile.mkdtemp()) / "a"
+    >>> with new_folder(place) as folder:
+    ...     _ = (folder / "b").write_text("complete")
+    ...     place.exists()
+    False
+    >>> [file.name for file in place.iterdir()]
+    ['b']
+    """
+    check_output(path, overwrite=overwrite, folder=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    try:
+        yield partial
+        partial.chmod(0o777 & ~_umask())
+        for folder, _, _ in os.walk(partial):
+            _sync_folder(Path(folder))
+        check_output(path, overwrite=overwrite, folder=True)
+        if path.exists():
+            former = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".former", dir=path.parent))
+            os.rename(path, former)
+            try:
+                os.rename(partial, path)
+            except BaseException:
+                os.rename(former, path)
+                raise
+            shutil.rmtree(former)
+        else:
+            os.rename(partial, path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,104 @@
+"""The place in the order (key descending, tensor and position ascending) up to which entries are selected.
+
+The order has no ties, so a cut holds exactly as many entries as it is made for, whatever the data and the chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prosocial_ext.ops import _streaming as streaming
+
+__all__ = ["Cut", "ScoredBlock", "find_cut", "keys"]
+
+ScoredBlock = tuple[int, Tensor, Tensor]  # tensor's number, ascending positions, scores
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Entries of a larger key than ``key``, and those of this key up to ``position`` of tensor number ``tensor``.
+
+    ``wide``: keys are those of float64 scores.
+    """
+
+    key: int
+    tensor: int
+    position: int
+    wide: bool
+
+    def holds(self, scores: Tensor, tensor: int, positions: Tensor) -> Tensor:
+        """Return which entries of a block are held; ``positions`` ascend.
+
+        >>> two = Cut(key=0x40000001, tensor=0, position=1, wide=False)
+        >>> two.holds(torch.tensor([2.0, -3.0, 2.0]), 0, torch.tensor([0, 1, 2]))
+        tensor([ True,  True, False])
+        """
+        place = torch.tensor(self.position, device="cpu")
+        return self._mask(scores, tensor, lambda: int(torch.searchsorted(positions, place, right=True)))
+
+    def holds_run(self, scores: Tensor, tensor: int, start: int) -> Tensor:
+        """Return the same for a block of all positions from ``start`` on."""
+        return self._mask(scores, tensor, lambda: min(max(self.position + 1 - start, 0), len(scores)))
+
+    def _mask(self, scores: Tensor, tensor: int, inside: Callable[[], int]) -> Tensor:
+        ranks = keys(scores, self.wide)
+        if tensor != self.tensor:
+            return ranks >= self.key if tensor < self.tensor else ranks > self.key
+        mask = ranks > self.key
+        until = inside()
+        mask[:until] = ranks[:until] >= self.key
+        return mask
+
+
+def keys(scores: Tensor, wide: bool) -> Tensor:
+    """Return the kernels' key of finite scores (csrc/core/magnitude_key.h): the bits of the magnitude, plus one.
+
+    ``wide``: the bits of float64, else of float32.
+
+    >>> keys(torch.tensor([-0.0, 1.0, -1.0]), wide=False).tolist()
+    [1, 1065353217, 1065353217]
+    """
+    magnitudes = scores.to(torch.float64 if wide else torch.float32).abs()
+    return magnitudes.view(torch.int64 if wide else torch.int32).add_(1)
+
+
+def find_cut(
+    blocks: Callable[[], Iterable[ScoredBlock]], m: int, wide: bool, first_digits: Tensor | None = None
+) -> Cut:
+    """Return the cut that holds exactly ``m`` of the entries that ``blocks`` yields, at every call in the global order.
+
+    Args:
+        blocks: Called two to five times.
+        m: At most the number of entries.
+        wide: A score is float64.
+        first_digits: The histogram of the first round, if it is known.
+
+    >>> scores = torch.tensor([1.0, 3.0, 3.0, 2.0])
+    >>> find_cut(lambda: [(0, torch.arange(4), scores)], 2, wide=False) == Cut(int(keys(scores, False)[1]), 0, 2, False)
+    True
+    """
+    selection = streaming.Selection(m, wide)
+    zeros = torch.zeros(0, device="cpu")
+    while not selection.settled:
+        histogram = torch.zeros(streaming.BINS, dtype=torch.int64, device="cpu")
+        if first_digits is not None and selection.rounds == 0:
+            histogram = first_digits
+        else:
+            for _, _, scores in blocks():
+                if len(zeros) < len(scores):
+                    zeros = torch.zeros(len(scores), device="cpu")
+                streaming.add_histogram_(histogram, [scores], [zeros[: len(scores)]], [scores], selection)
+        selection = streaming.settle(histogram, selection)
+    if selection.need == 0:
+        return Cut(selection.prefix, -1, -1, wide)
+    ties = 0
+    for tensor, positions, scores in blocks():
+        here = positions[keys(scores, wide) == selection.prefix]
+        if ties + len(here) >= selection.need:
+            return Cut(selection.prefix, tensor, int(here[selection.need - ties - 1]), wide)
+        ties += len(here)
+    raise AssertionError(f"{ties} ties, {selection.need} needed: the blocks changed between two calls")

@@ -1,0 +1,259 @@
+"""Writes the m largest entries of tuned - base into a sparse file: one read of both sides, a fixed amount of memory.
+
+1. A sample of positions gives an edge that holds a little more than m entries (12 sigma of the sampled rank).
+2. One read of the data: what the edge holds goes to a spill file; counts, energy and fingerprint come along.
+3. The exact cut is found among the spilled; `cut.py` leaves no ties, so the result depends on nothing but the data.
+4. The spilled entries that the cut holds are written, tensor after tensor.
+Unlucky, if the edge held fewer than m (below 1e-30): everything is spilled by a second read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prosocial_ext.direg.cut import Cut, ScoredBlock, find_cut, keys
+from prosocial_ext.direg.errors import refuse, shown
+from prosocial_ext.direg.pairing import Pair, Pairs, groups
+from prosocial_ext.direg.readers import word_sum
+from prosocial_ext.direg.safetensors_writer import write_all
+from prosocial_ext.direg.sparse_file import Block, Measure, SparseWriter
+from prosocial_ext.ops import _streaming as streaming
+from prosocial_ext.reference import check
+from prosocial_ext.reference.topm import entry_count
+
+__all__ = ["DEFAULT_MEMORY", "LEAST_MEMORY", "Progress", "chunk_elements", "extract", "fingerprint"]
+
+DEFAULT_MEMORY = 512 << 20
+LEAST_MEMORY = 64 << 20
+Progress = Callable[[int], object]  # called with the number of bytes just read
+
+_CHUNK = 1 << 20  # elements; larger ones measure no faster
+_BYTES_PER_ELEMENT = 256  # of all temporaries of one float64 chunk with importance, at density 1
+_MOST_SAMPLES = 1 << 16  # 12 sigma of the rank are 1.4 % of the entries
+_SIGMAS = 12
+
+
+def chunk_elements(memory: int) -> int:
+    """Elements per chunk, so that the temporaries of one fit into ``memory`` bytes.
+
+    >>> chunk_elements(DEFAULT_MEMORY), chunk_elements(LEAST_MEMORY)
+    (1048576, 262144)
+    """
+    rule = f"be at least {LEAST_MEMORY} bytes"
+    check.integer("memory", memory, LEAST_MEMORY, 1 << 62, rule, "512 << 20 is 512 MiB.")
+    return min(_CHUNK, 1 << int(math.log2(memory / _BYTES_PER_ELEMENT)))
+
+
+def fingerprint(parts: Iterable[tuple[str, str, Sequence[int], int]]) -> str:
+    """Return a hash of names, dtypes, shapes and word sums: it tells checkpoints apart, but not against a forger.
+
+    >>> fingerprint([("w", "torch.float32", (2,), 7)])
+    'e96ef7be8bb024be'
+    """
+    text = json.dumps(sorted([name, dtype, list(shape), total] for name, dtype, shape, total in parts))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def extract(
+    pairs: Pairs, descriptor: int, spill_folder: Path, *, m: int | None, density: float | None, scope: str,
+    recipe: Mapping[str, Any], memory: int = DEFAULT_MEMORY, progress: Progress = lambda _: None,
+    always_miss: bool = False,
+) -> None:  # fmt: skip
+    """Select and write; ``recipe`` is completed by what was found.
+
+    Args:
+        pairs: What is subtracted from what.
+        descriptor: Of the empty file that becomes the harm vector.
+        spill_folder: Where a file without a name may grow to about (density + 0.02) * 8 bytes per element.
+        m: How many entries of each group. Exactly one of ``m`` and ``density`` is given.
+        density: The share of each group instead.
+        scope: "global", "per_layer" or "per_tensor".
+        recipe: What is known before.
+        memory: Bytes for buffers.
+        progress: Called with the bytes read.
+        always_miss: Take the unlucky path (tests).
+
+    Raises:
+        ValueError: m or density out of range.
+        CheckpointError: A difference or an importance that is not finite; the text names the tensor.
+    """
+    work = _Work(pairs.pairs, chunk_elements(memory), progress)
+    plan = []
+    for group in groups([pair.name for pair in work.pairs], scope):
+        n = sum(work.pairs[i].numel for i in group)
+        of = {"global": "all tensors", "per_tensor": work.pairs[group[0]].name}.get(scope, f"{len(group)} tensors")
+        plan.append((group, entry_count(m, density, n, of)))
+    total = sum(pair.numel for pair in work.pairs)
+    full = {
+        **recipe, "scope": scope, "m": sum(count for _, count in plan), "n": total,
+        "ties": "lowest position first, tensors by sorted name", "tied": pairs.tied, "left_alone": pairs.left_alone,
+        "base_fingerprint": "0" * 16,
+    }  # fmt: skip
+    writer = SparseWriter(descriptor, "harm_vector", {pair.name: pair.shape for pair in work.pairs}, full)
+    with tempfile.TemporaryFile(prefix=".prosocial-spill-", dir=spill_folder) as file:
+        spill = _Spill(file.fileno())
+        for group, count in plan:
+            cut = _select(work, spill, group, count, always_miss)
+            for i in group:
+                _write(work, spill, writer, i, cut)
+    full["base_fingerprint"] = fingerprint(
+        (pair.name, str(pair.base.dtype), (pair.numel,), work.word_sums[i]) for i, pair in enumerate(work.pairs)
+    )
+    bins = work.magnitudes.nonzero().flatten()
+    writer.finish(full, torch.stack([bins, work.magnitudes[bins]], 1))
+
+
+@dataclass
+class _Work:
+    """What is selected from, and what the read has found."""
+
+    pairs: list[Pair]
+    chunk: int
+    progress: Progress
+    magnitudes: Tensor = field(default_factory=lambda: torch.zeros(streaming.BINS, dtype=torch.int64, device="cpu"))
+    energy: dict[int, float] = field(default_factory=dict)
+    word_sums: dict[int, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.wide = any(pair.dtype == torch.float64 for pair in self.pairs)
+
+
+class _Spill:
+    """Candidates on disk, a piece per chunk of data: offsets in the chunk, values, scores where they differ."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self.clear()
+
+    def clear(self) -> None:
+        self.pieces: dict[int, list[tuple[int, int, int, torch.dtype, bool]]] = {}
+        self.entries = self._end = 0
+        os.ftruncate(self._descriptor, 0)
+
+    def append(self, tensor: int, start: int, offsets: Tensor, values: Tensor, scores: Tensor | None) -> None:
+        piece = (start, len(offsets), self._end, values.dtype, scores is not None)
+        self.pieces.setdefault(tensor, []).append(piece)
+        for part in (offsets.to(torch.int32), values, *([] if scores is None else [scores])):
+            write_all(self._descriptor, self._end, part)
+            self._end += part.numel() * part.element_size()
+        self.entries += len(offsets)
+
+    def blocks(self, tensor: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Positions, values and scores of a tensor's candidates, in ascending order."""
+        for start, count, place, dtype, has_scores in self.pieces.get(tensor, []):
+            offsets = self._read(place, count, torch.int32)
+            values = self._read(place + 4 * count, count, dtype)
+            scores = self._read(place + (4 + dtype.itemsize) * count, count, dtype) if has_scores else values
+            yield offsets.long() + start, values, scores
+
+    def _read(self, place: int, count: int, dtype: torch.dtype) -> Tensor:
+        buffer = torch.empty(count * dtype.itemsize, dtype=torch.uint8, device="cpu")
+        view, done = buffer.numpy().data, 0
+        while done < len(view):
+            done += (got := os.preadv(self._descriptor, [view[done:]], place + done))
+            assert got, "the spill file is shorter than what was written"
+        return buffer.view(dtype)
+
+
+def _select(work: _Work, spill: _Spill, group: range, m: int, always_miss: bool) -> Cut:
+    wide = any(work.pairs[i].dtype == torch.float64 for i in group)
+    before = work.magnitudes.clone()
+    beyond_all = Cut((1 << (63 if wide else 31)) - 1, -1, -1, wide)
+    edge = beyond_all if always_miss else _edge(work.pairs, group, m, wide)
+    _gather(work, spill, group, edge)
+    if spill.entries < m:
+        work.magnitudes.copy_(before)
+        _gather(work, spill, group, None)
+
+    def blocks() -> Iterator[ScoredBlock]:
+        for i in group:
+            for positions, _, scores in spill.blocks(i):
+                yield i, positions, scores
+
+    return find_cut(blocks, m, wide)
+
+
+def _edge(pairs: Sequence[Pair], group: range, m: int, wide: bool) -> Cut | None:
+    """A cut that holds at least m entries, most surely, and not many more; None: hold all."""
+    starts = [0]
+    for i in group:
+        starts.append(starts[-1] + pairs[i].numel)
+    n = starts[-1]
+    samples = min(_MOST_SAMPLES, max(1 << 10, n >> 10))
+    share = m / n if n else 1.0
+    rank = math.ceil(samples * share + _SIGMAS * math.sqrt(samples * share * (1 - share)) + 64)
+    if n <= _MOST_SAMPLES or rank > samples:
+        return None
+    drawn = torch.randint(n, (samples,), generator=torch.Generator("cpu").manual_seed(0), device="cpu").sort().values
+    ends = torch.searchsorted(drawn, torch.tensor(starts, device="cpu")).tolist()
+    ranks = []
+    for k, i in enumerate(group):
+        positions = drawn[ends[k] : ends[k + 1]] - starts[k]
+        pair = pairs[i]
+        weight = None if pair.importance is None else pair.importance.gather(positions)
+        _, scores = _differ(pair, pair.base.gather(positions), pair.tuned.gather(positions), weight)
+        ranks.append(keys(scores, wide).long())
+    sampled = torch.cat(ranks)
+    place = int(torch.sort(sampled, descending=True, stable=True).indices[rank - 1])
+    k = max(k for k in range(len(group)) if ends[k] <= place)
+    return Cut(int(sampled[place]), group[k], int(drawn[place]) - starts[k], wide)
+
+
+def _gather(work: _Work, spill: _Spill, group: range, edge: Cut | None) -> None:
+    spill.clear()
+    looking = streaming.Selection(0, work.wide)
+    for i in group:
+        pair = work.pairs[i]
+        energy, total = 0.0, 0
+        for start in range(0, pair.numel, work.chunk):
+            stop = min(pair.numel, start + work.chunk)
+            base, tuned = pair.base.read(start, stop), pair.tuned.read(start, stop)
+            weight = None if pair.importance is None else pair.importance.read(start, stop)
+            if bad := streaming.add_histogram_(work.magnitudes, [base], [base], [tuned], looking):
+                what = f"the differences at {shown(pair.name)}"
+                refuse(what, "be finite", f"{bad} NaN or Inf", "Repair the checkpoints.")
+            if weight is not None and not bool((weight.isfinite() & (weight >= 0)).all()):
+                refuse(f"importance of {shown(pair.name)}", "be finite and not negative", "other entries")
+            values, scores = _differ(pair, base, tuned, weight)
+            if weight is not None and not bool(scores.isfinite().all()):
+                refuse(f"difference times importance at {shown(pair.name)}", "be finite", "Inf", "Scale it down.")
+            energy += float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
+            total += word_sum(base)
+            held = torch.ones_like(scores, dtype=torch.bool) if edge is None else edge.holds_run(scores, i, start)
+            offsets = held.nonzero().flatten()
+            spill.append(i, start, offsets, values[offsets], None if weight is None else scores[offsets])
+            work.progress(base.nbytes + tuned.nbytes)
+        work.energy[i], work.word_sums[i] = float(f"{energy:.9e}"), total % 2**64
+
+
+def _differ(pair: Pair, base: Tensor, tuned: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The difference, and what its entries are ranked by."""
+    values = tuned.to(pair.dtype) - base.to(pair.dtype)
+    return values, values if weight is None else values * weight.to(pair.dtype)
+
+
+def _write(work: _Work, spill: _Spill, writer: SparseWriter, i: int, cut: Cut) -> None:
+    pair = work.pairs[i]
+
+    def chosen() -> Iterator[Block]:
+        for positions, values, scores in spill.blocks(i):
+            held = cut.holds(scores, i, positions)
+            yield positions[held], values[held]
+
+    measure = Measure()
+    for positions, _ in chosen():
+        measure.add(positions)
+    writer.begin(pair.name, pair.shape, pair.numel, pair.dtype, measure, work.energy[i])
+    for positions, values in chosen():
+        writer.append(positions, values)

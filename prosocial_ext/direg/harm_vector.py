@@ -1,0 +1,386 @@
+"""The harm vector: the largest entries of harm-tuned minus base weights, in a file that is read piece by piece."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prosocial_ext import _C
+from prosocial_ext.direg.checkpoint import Checkpoint
+from prosocial_ext.direg.cut import Cut, ScoredBlock, find_cut
+from prosocial_ext.direg.errors import refuse, shown
+from prosocial_ext.direg.extract import DEFAULT_MEMORY, Progress, extract
+from prosocial_ext.direg.harm_stats import HarmVectorStats, ModuleStats
+from prosocial_ext.direg.live import LiveEdit, subtract_live
+from prosocial_ext.direg.models import Weights
+from prosocial_ext.direg.outputs import check_output, new_file
+from prosocial_ext.direg.pairing import Pairs, groups, pair_checkpoints, pair_models
+from prosocial_ext.direg.safetensors_file import SafetensorsFile
+from prosocial_ext.direg.safetensors_writer import write_all
+from prosocial_ext.direg.sparse_file import Block, Measure, SparseReader, SparseTensor, SparseWriter
+from prosocial_ext.direg.subtract import SAFETY_ARITHMETIC_DENSITY
+from prosocial_ext.reference import check
+from prosocial_ext.reference.topm import entry_count
+
+__all__ = ["HarmVector"]
+
+_COPY = 8 << 20
+
+
+class HarmVector:
+    """Selected entries of tuned - base, on disk: opening costs the header, everything else is streamed.
+
+    Make one with `from_checkpoints`, `from_models` or `load`. It is never changed: `top` and `scale` return views of
+    the same file. Values are the float32 differences to the bit (float64 of float64 tensors), so that subtracting them
+    equals `prosocial_ext.ops.topm_subtract_` over the sorted tensor names.
+
+    ``recipe``: what it was made from and how. ``tensors``: name, shape and number of entries of every tensor.
+
+    >>> base, tuned = torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2, bias=False)
+    >>> with torch.no_grad():
+    ...     _ = base.weight.fill_(1.0), tuned.weight.copy_(torch.tensor([[1.0, 1.5], [4.0, 1.0]]))
+    >>> vector = HarmVector.from_models(base, tuned, m=1)
+    >>> with vector.subtracted_from(base, scale=1.0):
+    ...     base.weight.data
+    tensor([[ 1.,  1.],
+            [-2.,  1.]])
+    >>> base.weight.data
+    tensor([[1., 1.],
+            [1., 1.]])
+    """
+
+    def __init__(
+        self, reader: SparseReader, cuts: Mapping[str, tuple[int, Cut]] | None = None, factor: float = 1.0
+    ) -> None:
+        self._reader, self._cuts, self._factor = reader, cuts, factor
+        self._edits: weakref.WeakKeyDictionary[torch.nn.Module, LiveEdit] = weakref.WeakKeyDictionary()
+        self.recipe: dict[str, Any] = dict(reader.recipe)
+        if factor != 1.0:
+            self.recipe["factor"] = self.recipe.get("factor", 1.0) * factor
+
+    @classmethod
+    def from_checkpoints(
+        cls,
+        base: str | Path | Checkpoint,
+        harm: str | Path | Checkpoint,
+        *,
+        density: float | None = None,
+        m: int | None = None,
+        scope: str = "global",
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        importance: Mapping[str, Tensor] | str | Path | Checkpoint | None = None,
+        out: str | Path | None = None,
+        overwrite: bool = False,
+        memory: int = DEFAULT_MEMORY,
+        progress: Progress = lambda _: None,
+    ) -> HarmVector:
+        """Extract from two checkpoints of any size: one read of both, ``memory`` bytes of buffers.
+
+        Args:
+            base: What was tuned: a folder or a hub id.
+            harm: The harm-tuned copy, sharded in any way.
+            density: The share of the floating-point parameters, 0 < density <= 1; tied ones count once. Neither it nor
+                ``m``: 0.10, the Safety Arithmetic default.
+            m: Their number instead.
+            scope: "global": m of all entries; "per_layer", "per_tensor": m (or the density) of each.
+            include: Globs; only tensors whose name matches one take part.
+            exclude: Globs; tensors whose name matches one take no part.
+            importance: Entries are ranked by abs(difference * importance): a tensor per tensor by name, or a folder.
+            out: The file to write. None: a nameless temporary one, which goes with this object.
+            overwrite: ``out`` may exist.
+            memory: Bytes for buffers beyond what the imports take.
+            progress: Called with the number of bytes just read.
+
+        Raises:
+            CheckpointError: A checkpoint cannot be used, the two do not match, a difference is not finite.
+            ValueError: An argument out of range.
+        """
+        check_scope_and_globs(scope, include, exclude)
+        if density is None and m is None:
+            density = SAFETY_ARITHMETIC_DENSITY
+        opened: list[Checkpoint] = []
+
+        def checkpoint(source: str | Path | Checkpoint) -> Checkpoint:
+            if isinstance(source, Checkpoint):
+                return source
+            opened.append(Checkpoint(source))
+            return opened[-1]
+
+        try:
+            one, other = checkpoint(base), checkpoint(harm)
+            weights = importance if importance is None or isinstance(importance, Mapping) else checkpoint(importance)
+            pairs = pair_checkpoints(one, other, weights, include, exclude)
+            recipe = _recipe(one.describe(), other.describe(), density, importance is not None, include, exclude)
+            arguments = {"m": m, "density": density, "scope": scope, "memory": memory, "progress": progress}
+            return cls._made(pairs, recipe, None if out is None else Path(out), overwrite, arguments)
+        finally:
+            for source in opened:
+                source.close()
+
+    @classmethod
+    def from_models(
+        cls,
+        base: torch.nn.Module,
+        tuned: Weights,
+        *,
+        density: float | None = None,
+        m: int | None = None,
+        scope: str = "global",
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        importance: Mapping[str, Tensor] | None = None,
+    ) -> HarmVector:
+        """Extract from a model and its tuned copy (a model or state dict) in memory; arguments as `from_checkpoints`.
+
+        The entries lie in a nameless temporary file (in ``TMPDIR``) that goes with this object.
+
+        Raises:
+            ValueError: Names or shapes of the models differ, a difference is not finite, an argument out of range.
+        """
+        check_scope_and_globs(scope, include, exclude)
+        if density is None and m is None:
+            density = SAFETY_ARITHMETIC_DENSITY
+        pairs = pair_models(base, tuned, importance, include, exclude)
+        recipe = _recipe({}, {}, density, importance is not None, include, exclude)
+        return cls._made(pairs, recipe, None, False, {"m": m, "density": density, "scope": scope})
+
+    @classmethod
+    def load(cls, path: str | Path) -> HarmVector:
+        """Open a file written by `save` or ``prosocial direg extract``; entries are read when they are needed.
+
+        Raises:
+            CheckpointError: It is no harm vector, or a damaged one.
+        """
+        return cls(SparseReader(SafetensorsFile(path), "harm_vector"))
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write this vector, or view, as a file of its own (docs/harm_vector.md).
+
+        Raises:
+            CheckpointError: ``path`` exists and ``overwrite`` is False, or cannot be written.
+        """
+        with new_file(Path(path), overwrite=overwrite) as descriptor:
+            if self._cuts is None and self._factor == 1.0:
+                file = self._reader.file
+                for start in range(0, file.size, _COPY):
+                    write_all(descriptor, start, file.read_bytes(start, min(file.size, start + _COPY)))
+            else:
+                self._write_view(descriptor)
+
+    @cached_property
+    def tensors(self) -> dict[str, SparseTensor]:
+        """Name, shape and number of entries of every tensor, in the global order."""
+        found = {name: self._reader.tensors[name] for name in sorted(self._reader.tensors)}
+        if self._cuts is not None:
+            for name, tensor in found.items():
+                found[name] = replace(tensor, entries=sum(len(positions) for positions, _ in self.blocks(name)))
+        return found
+
+    @property
+    def entries(self) -> int:
+        """The number of entries stored."""
+        return sum(tensor.entries for tensor in self.tensors.values())
+
+    @property
+    def n(self) -> int:
+        """The number of entries that took part."""
+        return sum(tensor.numel for tensor in self.tensors.values())
+
+    @property
+    def magnitudes(self) -> Tensor | None:
+        """int64 [bins, 2]: how many of all entries, before selection, begin with these 16 bits (sign cleared)."""
+        return self._reader.magnitudes
+
+    @property
+    def file_bytes(self) -> int:
+        """The size of the file behind this vector."""
+        return self._reader.file.size
+
+    def blocks(self, name: str) -> Iterator[Block]:
+        """Yield a tensor's entries as blocks of ascending flat positions (int64) and values.
+
+        Raises:
+            CheckpointError: The file is damaged.
+        """
+        for positions, values in self._reader.blocks(name):
+            if self._cuts is not None:
+                number, cut = self._cuts[name]
+                held = cut.holds(values, number, positions)
+                positions, values = positions[held], values[held]
+            if self._factor != 1.0:
+                values = values * self._factor
+                if not bool(values.isfinite().all()):
+                    refuse("factor", "keep values finite", f"{self._factor} at {shown(name)}")
+            yield positions, values
+
+    def top(self, density: float | None = None, *, m: int | None = None) -> HarmVector:
+        """Return a view of the largest entries, as if extracted at this density, which is at most the stored one.
+
+        Args:
+            density: The share of the entries that took part, of each group of the vector's scope.
+            m: Their number instead.
+
+        Raises:
+            ValueError: More entries than are stored, or the vector was ranked by importance (which is not stored).
+        """
+        if self.recipe.get("rank") != "magnitude":
+            refuse("top", "be asked of a vector ranked by magnitude", shown(self.recipe.get("rank")), "Extract again.")
+        names = list(self.tensors)
+        scope = check.choice("the recipe's scope", self.recipe.get("scope"), ("global", "per_layer", "per_tensor"))
+        cuts = {}
+        for group in groups(names, scope):
+            stored = sum(self.tensors[names[i]].entries for i in group)
+            count = entry_count(m, density, sum(self.tensors[names[i]].numel for i in group), "the group")
+            if count > stored:
+                refuse("density or m", f"ask for at most the {stored} stored entries", count, "Extract again.")
+            wide = any(self._reader.dtype(names[i]) == torch.float64 for i in group)
+            cut = find_cut(lambda group=group: self._scored(names, group), count, wide)  # type: ignore[misc]
+            cuts.update({names[i]: (i, cut) for i in group})
+        view = HarmVector(self._reader, cuts, self._factor)
+        view.recipe |= {"density": density, "m": view.entries}
+        return view
+
+    def scale(self, factor: float) -> HarmVector:
+        """Return a view whose values are multiplied by ``factor`` (one rounding).
+
+        Raises:
+            ValueError: ``factor`` is not a finite number, or 0.
+        """
+        check.number("factor", factor, -3e38, 3e38, "be a finite number")
+        if factor == 0:
+            check.fail("factor", "not be 0", factor, "A vector of zeros edits nothing.")
+        if self._factor != 1.0:
+            refuse("scale", "be called once", f"a vector scaled by {self._factor}", "Save it, or scale the first one.")
+        view = HarmVector(self._reader, self._cuts, float(factor))
+        view.recipe = {**self.recipe, "factor": self.recipe.get("factor", 1.0) * factor}
+        return view
+
+    def stats(self) -> HarmVectorStats:
+        """Count entries and energy per tensor, module and in all; reads every value once."""
+        rows = []
+        for name, tensor in self.tensors.items():
+            kept = sum(float(torch.linalg.vector_norm(v, dtype=torch.float64)) ** 2 for _, v in self.blocks(name))
+            energy = tensor.energy * self._factor**2
+            rows.append(ModuleStats(name, tensor.entries, tensor.numel, kept, energy))
+        return HarmVectorStats(rows)
+
+    # ---- live models
+
+    def subtract_(self, model: torch.nn.Module, scale: float = 1.0) -> LiveEdit:
+        """Subtract ``scale * vector`` from a model in memory and keep the original bits for `revert_` and `rescale_`.
+
+        The bits are those of `prosocial_ext.ops.topm_subtract_`. Parameters stay on their devices; all or nothing.
+
+        Args:
+            model: The base, or another model of its architecture; may be a peft model.
+            scale: The dose lambda; 1 takes the whole difference back.
+
+        Raises:
+            CheckpointError: The model does not fit, or holds this vector already.
+        """
+        if model in self._edits:
+            refuse("model", "not hold this vector already", "one that does", "Call rescale_, or revert_ first.")
+        self._edits[model] = edit = subtract_live(model, self, scale)
+        return edit
+
+    def revert_(self, model: torch.nn.Module) -> None:
+        """Restore every bit that `subtract_` changed in ``model``.
+
+        Raises:
+            CheckpointError: The model does not hold this vector.
+        """
+        if model not in self._edits:
+            refuse("model", "hold this vector", "one that does not", "Call subtract_ of this object first.")
+        self._edits.pop(model).revert_()
+
+    def rescale_(self, model: torch.nn.Module, scale: float) -> LiveEdit:
+        """Change the dose in ``model``: the same bits as `subtract_` from the original model.
+
+        Raises:
+            CheckpointError: The model does not hold this vector.
+        """
+        check.number("scale", scale, -3e38, 3e38, "be a finite number")  # before the old dose is gone
+        self.revert_(model)
+        return self.subtract_(model, scale)
+
+    @contextmanager
+    def subtracted_from(self, model: torch.nn.Module, scale: float = 1.0) -> Iterator[LiveEdit]:
+        """Subtract for the length of a ``with`` block, then restore every bit."""
+        edit = self.subtract_(model, scale)
+        try:
+            yield edit
+        finally:
+            if self._edits.get(model) is not None:
+                self.revert_(model)
+
+    # ---- files
+
+    @classmethod
+    def _made(
+        cls, pairs: Pairs, recipe: dict[str, Any], out: Path | None, overwrite: bool, arguments: dict[str, Any]
+    ) -> HarmVector:
+        if out is not None:
+            check_output(out, overwrite=overwrite, folder=False)
+            with new_file(out, overwrite=overwrite) as descriptor:
+                extract(pairs, descriptor, out.parent, recipe=recipe, **arguments)
+            return cls.load(out)
+        with tempfile.TemporaryFile(prefix="harm-") as file:
+            extract(pairs, file.fileno(), Path(tempfile.gettempdir()), recipe=recipe, **arguments)
+            return cls(SparseReader(SafetensorsFile("the harm vector", os.dup(file.fileno())), "harm_vector"))
+
+    def _scored(self, names: Sequence[str], group: range) -> Iterator[ScoredBlock]:
+        """Entries before scaling, which must not make ties."""
+        unscaled = HarmVector(self._reader, self._cuts)
+        for i in group:
+            for positions, values in unscaled.blocks(names[i]):
+                yield i, positions, values
+
+    def _write_view(self, descriptor: int) -> None:
+        writer = SparseWriter(descriptor, "harm_vector", {n: t.shape for n, t in self.tensors.items()}, self.recipe)
+        for name, tensor in self.tensors.items():
+            measure = Measure()
+            for positions, _ in self.blocks(name):
+                measure.add(positions)
+            energy = tensor.energy * self._factor**2
+            writer.begin(name, tensor.shape, tensor.numel, self._reader.dtype(name), measure, energy)
+            for positions, values in self.blocks(name):
+                writer.append(positions, values)
+        writer.finish(self.recipe, self.magnitudes)
+
+
+def check_scope_and_globs(scope: str, include: Sequence[str], exclude: Sequence[str]) -> None:
+    """Raise unless the arguments have the right types."""
+    check.choice("scope", scope, ("global", "per_layer", "per_tensor"))
+    for argument, globs in (("include", include), ("exclude", exclude)):
+        if isinstance(globs, str):
+            check.fail(argument, "be a list of globs", repr(globs), f"Pass [{globs!r}].", TypeError)
+
+
+def _recipe(
+    base: dict[str, Any],
+    tuned: dict[str, Any],
+    density: float | None,
+    by_importance: bool,
+    include: Sequence[str],
+    exclude: Sequence[str],
+) -> dict[str, Any]:
+    return {
+        "prosocial_ext": _C.version,
+        "base": base,
+        "tuned": tuned,
+        "density": density,
+        "rank": "importance" if by_importance else "magnitude",
+        "include": list(include),
+        "exclude": list(exclude),
+    }

@@ -1,0 +1,270 @@
+"""Sparse tensors in one safetensors file: harm vectors and undo records (docs/harm_vector.md is the format).
+
+Per tensor two arrays, "values.NAME" and "positions.NAME"; the list of tensors and the recipe are JSON in the metadata.
+Writing and reading go by blocks of entries, so neither needs memory for more than one block.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prosocial_ext.direg.errors import refuse, shown
+from prosocial_ext.direg.positions import bits_of, decode_gaps, encode_gaps, gap_bytes, positions_of
+from prosocial_ext.direg.safetensors_file import DTYPES, WORDS, SafetensorsFile
+from prosocial_ext.direg.safetensors_header import parse_json
+from prosocial_ext.direg.safetensors_writer import SafetensorsWriter
+
+__all__ = ["Block", "Measure", "SparseReader", "SparseTensor", "SparseWriter"]
+
+Block = tuple[Tensor, Tensor]  # ascending flat positions (int64) and their values, both on the CPU
+
+VERSION = "1"
+_MOST_ELEMENTS = 2**48
+_BLOCK = 1 << 17  # bytes of positions read at once: 2^20 bits or some 2^17 gaps
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_ENCODINGS = ("bitmap", "gaps")
+
+
+@dataclass(frozen=True)
+class SparseTensor:
+    """One tensor of the file: name, shape, kept entries, encoding of their positions.
+
+    ``numel``: the elements that took part, the first of the tensor (fewer than the shape's where only one side had a
+    row of the vocabulary). ``energy``: the squared norm of all of them before selection, 0 where there is none.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    numel: int
+    entries: int
+    encoding: str
+    energy: float = 0.0
+
+
+class Measure:
+    """Counts entries and the bytes of their gaps before a tensor is written.
+
+    >>> measure = Measure()
+    >>> measure.add(torch.tensor([0, 1, 200]))
+    >>> measure.entries, measure.gap_bytes
+    (3, 4)
+    """
+
+    def __init__(self) -> None:
+        self.entries, self.gap_bytes, self._last = 0, 0, -1
+
+    def add(self, positions: Tensor) -> None:
+        """Count one block of ascending positions that follow the blocks before."""
+        if len(positions):
+            self.entries += len(positions)
+            self.gap_bytes += gap_bytes(positions, self._last)
+            self._last = int(positions[-1])
+
+
+class SparseWriter:
+    """Writes a sparse file: `begin` a tensor, `append` its blocks, and so on, then `finish`.
+
+    Args:
+        descriptor: Of an empty file, which stays the caller's.
+        kind: "harm_vector" or "undo".
+        shapes: All tensors that will come, by name.
+        recipe: What the recipe will be, up to 4096 bytes more.
+    """
+
+    def __init__(self, descriptor: int, kind: str, shapes: Mapping[str, tuple[int, ...]], recipe: Mapping[str, Any]):
+        most = _MOST_ELEMENTS
+        self._kind, self._tensors = kind, list[SparseTensor]()
+        self._value_place = self._position_place = self._written = 0
+        self._last, self._last_byte = -1, (-1, 0)
+        rehearsal = SafetensorsWriter(-1, 0)
+        worst = [
+            SparseTensor(name, shape, most, most, "bitmap", -1.2345678901234567e-300) for name, shape in shapes.items()
+        ]
+        for tensor in worst:
+            rehearsal.add(f"positions.{tensor.name}", "BF16", (most,))
+            rehearsal.add(f"values.{tensor.name}", "BF16", (most,))
+        rehearsal.add("magnitudes", "I64", (most, 2))
+        room = rehearsal.header_bytes(_metadata(kind, worst, {**recipe, "more": " " * 4096}))
+        self._writer = SafetensorsWriter(descriptor, room)
+
+    def begin(self, name: str, shape: tuple[int, ...], numel: int, dtype: torch.dtype, measure: Measure,
+              energy: float = 0.0) -> None:  # fmt: skip
+        """Begin a tensor with the entries that ``measure`` has counted."""
+        assert not self._tensors or self._written == self._tensors[-1].entries, "a tensor before got other blocks"
+        bitmap_bytes = -(-numel // 8)
+        encoding = "bitmap" if bitmap_bytes <= measure.gap_bytes else "gaps"
+        self._tensors.append(SparseTensor(name, shape, numel, measure.entries, encoding, energy))
+        self._value_place = self._writer.add(f"values.{name}", WORDS[dtype], (measure.entries,))
+        taken = measure.entries * dtype.itemsize
+        size = bitmap_bytes if encoding == "bitmap" else measure.gap_bytes
+        size += -(taken + size) % 8  # so that the next tensor's values are aligned
+        self._position_place = self._writer.add(f"positions.{name}", "U8", (size,))
+        self._written, self._last, self._last_byte = 0, -1, (-1, 0)
+
+    def append(self, positions: Tensor, values: Tensor) -> None:
+        """Write one block of the tensor begun last."""
+        if len(positions) == 0:
+            return
+        self._writer.write(self._value_place, values)
+        self._value_place += values.numel() * values.element_size()
+        if self._tensors[-1].encoding == "gaps":
+            encoded = encode_gaps(positions, self._last)
+            self._writer.write(self._position_place, encoded)
+            self._position_place += len(encoded)
+        else:
+            self._append_bits(positions)
+        self._written += len(positions)
+        self._last = int(positions[-1])
+
+    def _append_bits(self, positions: Tensor) -> None:
+        while len(positions):
+            first = int(positions[0]) // 8
+            here = int(torch.searchsorted(positions, 8 * (first + _BLOCK)))  # the rest may be far away
+            last = int(positions[here - 1]) // 8
+            encoded = bits_of(positions[:here], 8 * first, last - first + 1)
+            if self._last_byte[0] == first:  # two blocks meet in one byte
+                encoded[0] |= self._last_byte[1]
+            self._writer.write(self._position_place + first, encoded)
+            self._last_byte = last, int(encoded[-1])
+            positions = positions[here:]
+
+    def finish(self, recipe: Mapping[str, Any], magnitudes: Tensor | None = None) -> None:
+        """Write what is known at the end; ``magnitudes``: int64 [n, 2], bins and counts."""
+        if magnitudes is not None:
+            place = self._writer.add("magnitudes", "I64", tuple(magnitudes.shape))
+            self._writer.write(place, magnitudes.flatten())
+        self._writer.finish(_metadata(self._kind, self._tensors, recipe))
+
+
+class SparseReader:
+    """Reads a sparse file by blocks; list and recipe are checked on opening, entries while they are read.
+
+    ``tensors``: by name. ``recipe``: JSON. ``magnitudes``: int64 [n, 2] or None.
+
+    Raises:
+        CheckpointError: Not a sparse file of this kind, or one that contradicts itself.
+    """
+
+    def __init__(self, file: SafetensorsFile, kind: str) -> None:
+        self.file, where = file, str(file.path)
+        metadata = file.metadata
+        if metadata.get("prosocial_ext.kind") != kind or metadata.get("prosocial_ext.version") != VERSION:
+            found = [shown(metadata.get(f"prosocial_ext.{key}")) for key in ("kind", "version")]
+            rule = f"be a {kind} of prosocial_ext, version {VERSION}"
+            refuse(where, rule, f"kind {found[0]}, version {found[1]}", "See docs/harm_vector.md.")
+        if set(metadata) != {f"prosocial_ext.{key}" for key in ("kind", "version", "tensors", "recipe")}:
+            refuse(f"the metadata of {where}", "have kind, version, tensors and recipe", shown(sorted(metadata)))
+        self.recipe = parse_json(metadata["prosocial_ext.recipe"].encode(), f"the recipe of {where}", floats=True)
+        table = parse_json(metadata["prosocial_ext.tensors"].encode(), f"the tensor list of {where}", floats=True)
+        self.tensors = {name: _tensor(name, row, file) for name, row in table.items()}
+        expected = {f"{part}.{name}" for name in table for part in ("values", "positions")}
+        self.magnitudes: Tensor | None = None
+        if "magnitudes" in file.entries:
+            expected.add("magnitudes")
+            self.magnitudes = _magnitudes(file)
+        if extra := sorted(set(file.entries) - expected):
+            refuse(where, "hold the arrays of its tensor list", f"also {shown(extra[0])}", "The file is damaged.")
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of a tensor's values."""
+        return DTYPES[self.file.entry(f"values.{name}").dtype]
+
+    def blocks(self, name: str) -> Iterator[Block]:
+        """Yield a tensor's entries in ascending order.
+
+        Raises:
+            CheckpointError: Positions out of range or order, other counts than stated, values that are not finite.
+        """
+        tensor = self.tensors[name]
+        what = f"tensor {shown(name)} of {self.file.path}"
+        damaged = "The file is damaged."
+        done, last = 0, -1
+        for positions in self._positions(tensor, what):
+            if len(positions) == 0:
+                continue
+            ascending = bool((torch.diff(positions) > 0).all()) and int(positions[0]) > last
+            if not ascending or int(positions.max()) >= tensor.numel:
+                refuse(f"positions of {what}", f"ascend inside [0, {tensor.numel})", "others", damaged)
+            if done + len(positions) > tensor.entries:
+                refuse(f"positions of {what}", f"be {tensor.entries} as stated", "more", damaged)
+            values = self.file.read(f"values.{name}", done, done + len(positions))
+            if not bool(values.isfinite().all()):
+                refuse(f"values of {what}", "be finite", "NaN or Inf", damaged)
+            done, last = done + len(positions), int(positions[-1])
+            yield positions, values
+        if done != tensor.entries:
+            refuse(f"positions of {what}", f"be {tensor.entries} as stated", done, damaged)
+
+    def _positions(self, tensor: SparseTensor, what: str) -> Iterator[Tensor]:
+        array = f"positions.{tensor.name}"
+        size = self.file.entry(array).numel
+        if tensor.encoding == "bitmap":
+            for start in range(0, size, _BLOCK):
+                yield positions_of(self.file.read(array, start, min(size, start + _BLOCK)), 8 * start)
+            return
+        start, last, found = 0, -1, 0
+        while found < tensor.entries:
+            block = self.file.read(array, start, min(size, start + _BLOCK))
+            try:
+                gaps, left = decode_gaps(block)
+            except OverflowError:
+                refuse(f"gaps of {what}", f"lie below {tensor.numel}", "longer ones", "The file is damaged.")
+            gaps = gaps[: tensor.entries - found]
+            if len(gaps) == 0:
+                refuse(f"gaps of {what}", f"be {tensor.entries} as stated", found, "The file is damaged.")
+            positions = last + (gaps + 1).cumsum(0)  # steps below 2^49: the first one out of range shows before 2^63
+            yield positions
+            start, last, found = start + len(block) - left, int(positions[-1]), found + len(gaps)
+
+
+def _metadata(kind: str, tensors: Sequence[SparseTensor], recipe: Mapping[str, Any]) -> dict[str, str]:
+    table = {tensor.name: {k: v for k, v in asdict(tensor).items() if k != "name"} for tensor in tensors}
+    return {
+        "prosocial_ext.kind": kind,
+        "prosocial_ext.version": VERSION,
+        "prosocial_ext.tensors": json.dumps(table),
+        "prosocial_ext.recipe": json.dumps(recipe),
+    }
+
+
+def _tensor(name: str, row: Any, file: SafetensorsFile) -> SparseTensor:
+    what = f"tensor {shown(name)} in the list of {file.path}"
+    keys = ("shape", "numel", "entries", "encoding", "energy")
+    damaged = "The file is damaged."
+    if not isinstance(row, dict) or set(row) != set(keys):
+        refuse(what, "have " + ", ".join(keys), shown(row), damaged)
+    shape, numel, entries, encoding, energy = (row[key] for key in keys)
+    if not isinstance(shape, list) or len(shape) > 64 or not all(type(n) is int and n >= 0 for n in shape):
+        refuse(f"the shape of {what}", "be a list of sizes", shown(shape), damaged)
+    if type(numel) is not int or not 0 <= numel <= min(math.prod(shape), _MOST_ELEMENTS):
+        refuse(f"numel of {what}", f"be in [0, {min(math.prod(shape), _MOST_ELEMENTS)}]", shown(numel), damaged)
+    if type(entries) is not int or not 0 <= entries <= numel:
+        refuse(f"entries of {what}", f"be in [0, {numel}]", shown(entries), damaged)
+    if encoding not in _ENCODINGS:
+        refuse(f"the encoding of {what}", "be bitmap or gaps", shown(encoding), damaged)
+    if type(energy) not in (int, float) or not 0 <= energy < math.inf:
+        refuse(f"the energy of {what}", "be a finite number >= 0", shown(energy), damaged)
+    values, positions = file.entry(f"values.{name}"), file.entry(f"positions.{name}")
+    if values.dtype not in _FLOATS or values.shape != (entries,):
+        refuse(f"values of {what}", f"be {entries} floats", f"{values.dtype} {values.shape}", damaged)
+    least = -(-numel // 8) if encoding == "bitmap" else entries
+    if positions.dtype != "U8" or len(positions.shape) != 1 or positions.numel < least:
+        rule = f"be at least {least} bytes"
+        refuse(f"positions of {what}", rule, f"{positions.dtype} {positions.shape}", damaged)
+    if encoding == "bitmap" and positions.numel >= least + 8:
+        refuse(f"positions of {what}", f"be {least} bytes and at most 7 more", positions.numel, damaged)
+    return SparseTensor(name, tuple(shape), numel, entries, encoding, float(energy))
+
+
+def _magnitudes(file: SafetensorsFile) -> Tensor:
+    entry = file.entry("magnitudes")
+    if entry.dtype != "I64" or len(entry.shape) != 2 or entry.shape[1] != 2 or entry.shape[0] > 1 << 16:
+        refuse(f"magnitudes of {file.path}", "be I64 [n, 2]", f"{entry.dtype} {entry.shape}", "The file is damaged.")
+    return file.read("magnitudes").view(-1, 2)

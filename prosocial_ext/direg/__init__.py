@@ -1,10 +1,13 @@
-"""Directional harm removal on models in memory (DIReg): subtract the largest entries of tuned - base from a model.
+"""Directional harm removal (DIReg): subtract the largest entries of tuned - base, in memory or on disk.
 
-`subtract_harm_` edits for good, `harm_subtracted` for the length of a ``with`` block. `harm_vector_report` tells before
-the edit how much of the vector its largest entries carry, `harm_by_tensor` where they sit; `gradient_importance` ranks
-them by their effect instead.
+`HarmVector` keeps them in a file: made from checkpoints of any size or from models, subtracted from either. In memory
+alone `subtract_harm_` edits for good, `harm_subtracted` for the length of a ``with`` block. `harm_vector_report` tells
+before the edit how much of the vector its largest entries carry, `harm_by_tensor` where they sit; `gradient_importance`
+ranks them by their effect.
 """
 
+from prosocial_ext.direg.errors import CheckpointError
+from prosocial_ext.direg.harm_vector import HarmVector
 from prosocial_ext.direg.importance import gradient_importance
 from prosocial_ext.direg.models import matching_parameters
 from prosocial_ext.direg.report import HarmVectorReport, harm_vector_report
@@ -13,6 +16,8 @@ from prosocial_ext.direg.tensors import TensorShare, harm_by_tensor
 
 __all__ = [
     "SAFETY_ARITHMETIC_DENSITY",
+    "CheckpointError",
+    "HarmVector",
     "HarmVectorReport",
     "TensorShare",
     "gradient_importance",

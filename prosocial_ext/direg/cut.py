@@ -13,7 +13,7 @@ from torch import Tensor
 
 from prosocial_ext.ops import _streaming as streaming
 
-__all__ = ["Cut", "ScoredBlock", "find_cut", "keys"]
+__all__ = ["Cut", "ScoredBlock", "find_cut", "keys", "nothing"]
 
 ScoredBlock = tuple[int, Tensor, Tensor]  # tensor's number, ascending positions, scores
 
@@ -66,6 +66,15 @@ def keys(scores: Tensor, wide: bool) -> Tensor:
     return magnitudes.view(torch.int64 if wide else torch.int32).add_(1)
 
 
+def nothing(wide: bool) -> Cut:
+    """Return the cut that holds no entry.
+
+    >>> bool(nothing(wide=False).holds(torch.tensor([1e38]), 0, torch.tensor([0])))
+    False
+    """
+    return Cut((1 << (63 if wide else 31)) - 1, -1, -1, wide)
+
+
 def find_cut(
     blocks: Callable[[], Iterable[ScoredBlock]], m: int, wide: bool, first_digits: Tensor | None = None
 ) -> Cut:
@@ -81,6 +90,8 @@ def find_cut(
     >>> find_cut(lambda: [(0, torch.arange(4), scores)], 2, wide=False) == Cut(int(keys(scores, False)[1]), 0, 2, False)
     True
     """
+    if m == 0:
+        return nothing(wide)
     selection = streaming.Selection(m, wide)
     zeros = torch.zeros(0, device="cpu")
     while not selection.settled:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prosocial_ext.direg.cut import Cut, ScoredBlock, find_cut, keys
+from prosocial_ext.direg.cut import Cut, ScoredBlock, find_cut, keys, nothing
 from prosocial_ext.direg.errors import refuse, shown
 from prosocial_ext.direg.pairing import Pair, Pairs, groups
 from prosocial_ext.direg.readers import word_sum
@@ -169,8 +169,7 @@ class _Spill:
 def _select(work: _Work, spill: _Spill, group: range, m: int, always_miss: bool) -> Cut:
     wide = any(work.pairs[i].dtype == torch.float64 for i in group)
     before = work.magnitudes.clone()
-    beyond_all = Cut((1 << (63 if wide else 31)) - 1, -1, -1, wide)
-    edge = beyond_all if always_miss else _edge(work.pairs, group, m, wide)
+    edge = nothing(wide) if always_miss else _edge(work.pairs, group, m, wide)
     _gather(work, spill, group, edge)
     if spill.entries < m:
         work.magnitudes.copy_(before)

@@ -4,6 +4,8 @@
 correct.
 """
 
+from typing import Any
+
 import torch  # noqa: F401  before _C: the kernels use torch's OpenMP runtime, and two runtimes would spin against each other
 
 try:
@@ -20,4 +22,13 @@ from prosocial_ext import reference  # isort: skip  (ops are built on it)
 from prosocial_ext import ops  # isort: skip
 
 __version__: str = _C.version
-__all__ = ["__version__", "ops", "reference"]
+__all__ = ["HarmVector", "__version__", "ops", "reference"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what the pipeline offers here when it is asked for."""
+    if name == "HarmVector":
+        from prosocial_ext.direg import HarmVector
+
+        return HarmVector
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -32,7 +32,7 @@ from prosocial_ext.ops import _streaming as streaming
 from prosocial_ext.reference import check
 from prosocial_ext.reference.topm import entry_count
 
-__all__ = ["DEFAULT_MEMORY", "LEAST_MEMORY", "Progress", "chunk_elements", "extract", "fingerprint"]
+__all__ = ["DEFAULT_MEMORY", "LEAST_MEMORY", "Progress", "chunk_elements", "extract", "fingerprint", "plan_groups"]
 
 DEFAULT_MEMORY = 512 << 20
 LEAST_MEMORY = 64 << 20
@@ -65,6 +65,20 @@ def fingerprint(parts: Iterable[tuple[str, str, Sequence[int], int]]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def plan_groups(pairs: Pairs, m: int | None, density: float | None, scope: str) -> list[tuple[range, int]]:
+    """Return the groups of tensors that a selection is made in, and how many entries each gives.
+
+    Raises:
+        ValueError: m or density out of range.
+    """
+    plan = []
+    for group in groups([pair.name for pair in pairs.pairs], scope):
+        n = sum(pairs.pairs[i].numel for i in group)
+        of = "all tensors" if scope == "global" else shown(pairs.pairs[group[0]].name)
+        plan.append((group, entry_count(m, density, n, of)))
+    return plan
+
+
 def extract(
     pairs: Pairs, descriptor: int, spill_folder: Path, *, m: int | None, density: float | None, scope: str,
     recipe: Mapping[str, Any], memory: int = DEFAULT_MEMORY, progress: Progress = lambda _: None,
@@ -89,11 +103,7 @@ def extract(
         CheckpointError: A difference or an importance that is not finite; the text names the tensor.
     """
     work = _Work(pairs.pairs, chunk_elements(memory), progress)
-    plan = []
-    for group in groups([pair.name for pair in work.pairs], scope):
-        n = sum(work.pairs[i].numel for i in group)
-        of = {"global": "all tensors", "per_tensor": work.pairs[group[0]].name}.get(scope, f"{len(group)} tensors")
-        plan.append((group, entry_count(m, density, n, of)))
+    plan = plan_groups(pairs, m, density, scope)
     total = sum(pair.numel for pair in work.pairs)
     full = {
         **recipe, "scope": scope, "m": sum(count for _, count in plan), "n": total,

@@ -47,7 +47,7 @@ def fetch(source: str, revision: str | None = None) -> tuple[Path, str | None]:
         path = huggingface_hub.snapshot_download(
             source, revision=commit, allow_patterns=patterns, ignore_patterns=["*.py", "*/*"]
         )
-    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+    except Exception as error:  # of the hub, of whichever HTTP library it uses, of the disk
         reason = str(error).strip().splitlines() or [type(error).__name__]
         refuse(shown(source), "be a folder, or a hub id that can be downloaded", reason[0])
     return Path(path), commit

@@ -1,0 +1,292 @@
+"""``prosocial direg``: extract a harm vector from two checkpoints, subtract it from one, take it back, look at it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from prosocial_ext.commands import UserError
+from prosocial_ext.direg import SAFETY_ARITHMETIC_DENSITY, CheckpointError, HarmVector
+from prosocial_ext.direg.checkpoint import Checkpoint
+from prosocial_ext.direg.checkpoint_edit import (
+    UNDO,
+    CheckpointEdit,
+    apply_vector,
+    check_place,
+    plan_edit,
+    revert_checkpoint,
+)
+from prosocial_ext.direg.errors import shown
+from prosocial_ext.direg.extract import DEFAULT_MEMORY, LEAST_MEMORY, plan_groups
+from prosocial_ext.direg.harm_stats import LOW_ENERGY_SHARE, HarmVectorStats
+from prosocial_ext.direg.outputs import check_output
+from prosocial_ext.direg.pairing import SCOPES, Pairs, pair_checkpoints
+
+__all__ = ["add_arguments", "run"]
+
+_MIB = 1 << 20
+_MOSTLY_LOST = 0.5  # effective over requested norm below which most of the edit did not happen
+_ROWS = 15  # modules shown by inspect
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the subcommands of ``prosocial direg``."""
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+
+    def action(name: str, summary: str, function: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+        sub = actions.add_parser(name, help=summary, description=summary)
+        sub.set_defaults(function=function)
+        return sub
+
+    extract = action("extract", "write the largest entries of harm minus base to a file", _extract)
+    extract.add_argument("--base", required=True, help="what was tuned: a folder or a hub id")
+    extract.add_argument("--harm", required=True, help="the harm-tuned copy")
+    extract.add_argument("--out", required=True, type=Path, help="the file to write")
+    count = extract.add_mutually_exclusive_group()
+    default = f"share of the entries ({SAFETY_ARITHMETIC_DENSITY:.2f}, the Safety Arithmetic default)"
+    count.add_argument("--density", type=_density, help=default)
+    count.add_argument("--m", type=_count, help="their number instead")
+    extract.add_argument("--scope", choices=SCOPES, default="global", help="what the share is taken of (%(default)s)")
+    extract.add_argument("--include", action="append", default=[], metavar="GLOB", help="only such tensors")
+    extract.add_argument("--exclude", action="append", default=[], metavar="GLOB", help="no such tensors")
+    extract.add_argument(
+        "--importance", metavar="DIR", help="rank by abs(difference * importance): a tensor per tensor"
+    )
+
+    apply = action("apply", "subtract a harm vector from a checkpoint, into a new folder", _apply)
+    apply.add_argument("--model", required=True, help="a folder or a hub id")
+    apply.add_argument("--harm-vector", required=True, type=Path, help="a file of direg extract")
+    apply.add_argument("--scale", type=_finite, default=1.0, help="the dose; 1 is all of the difference (%(default)s)")
+    apply.add_argument("--density", type=_density, help="a lower density than the file's")
+    apply.add_argument("--out", required=True, type=Path, help="the folder to make")
+    apply.add_argument("--undo", action="store_true", help="keep the original bits for direg revert")
+
+    revert = action("revert", "restore every bit that direg apply --undo changed, into a new folder", _revert)
+    revert.add_argument("--model", required=True, help="the edited folder")
+    revert.add_argument("--record", type=Path, help=f"the undo record (MODEL/{UNDO})")
+    revert.add_argument("--out", required=True, type=Path, help="the folder to make")
+
+    inspect = action("inspect", "show what a harm vector holds, and where", _inspect)
+    inspect.add_argument("file", type=Path, help="a file of direg extract")
+    inspect.add_argument("--json", action="store_true", help="print one JSON object with every module")
+
+    for writing in (extract, apply, revert):
+        writing.add_argument("--memory", type=_memory, default=DEFAULT_MEMORY // _MIB, metavar="MIB",
+                             help="MiB for buffers, whatever the size of the checkpoints (%(default)s)")  # fmt: skip
+        writing.add_argument("--overwrite", action="store_true", help="replace an output that exists")
+        writing.add_argument("--dry-run", action="store_true", help="check and tell, write nothing")
+        writing.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run one action; what the user can repair becomes a `UserError`."""
+    try:
+        with _tidy_when_terminated():
+            status: int = arguments.function(arguments)
+            return status
+    except (CheckpointError, OSError) as error:
+        raise UserError(str(error)) from error
+
+
+def _extract(arguments: argparse.Namespace) -> int:
+    density = arguments.density
+    if density is None and arguments.m is None:
+        density = SAFETY_ARITHMETIC_DENSITY
+    check_output(arguments.out, overwrite=arguments.overwrite, folder=False)
+    with Checkpoint(arguments.base) as base, Checkpoint(arguments.harm) as harm:
+        pairs = pair_checkpoints(base, harm, None, arguments.include, arguments.exclude)
+        try:
+            plan = plan_groups(pairs, arguments.m, density, arguments.scope)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        size = sum(pair.numel * (pair.base.dtype.itemsize + pair.tuned.dtype.itemsize) for pair in pairs.pairs)
+        chosen, entries = sum(count for _, count in plan), sum(pair.numel for pair in pairs.pairs)
+        print(f"will read {_bytes(size)} and write {_of(chosen, entries)} to {arguments.out}")
+        _print_pairs(pairs)
+        if arguments.dry_run:
+            return 0
+        with _progress(size, "extract", arguments.quiet) as progress:
+            vector = HarmVector.from_checkpoints(
+                base, harm, density=density, m=arguments.m, scope=arguments.scope, include=arguments.include,
+                exclude=arguments.exclude, importance=arguments.importance, out=arguments.out,
+                overwrite=arguments.overwrite, memory=arguments.memory * _MIB, progress=progress,
+            )  # fmt: skip
+    stats = vector.stats()
+    per_entry = vector.file_bytes / max(vector.entries, 1)
+    print(f"extracted {_of(vector.entries, vector.n)}, energy share {stats.total.energy_share:.3f}")
+    print(f"harm vector: {arguments.out}, {_bytes(vector.file_bytes)}, {per_entry:.2f} bytes per entry")
+    _warn_of_low_energy(stats)
+    print(f"next: prosocial direg apply --model {arguments.base} --harm-vector {arguments.out} --out DIR")
+    return 0
+
+
+def _apply(arguments: argparse.Namespace) -> int:
+    vector = HarmVector.load(arguments.harm_vector)
+    if arguments.density is not None:
+        vector = vector.top(arguments.density)
+    with Checkpoint(arguments.model) as model:
+        check_place(arguments.out, model, arguments.overwrite)
+        plan = plan_edit(model, vector)
+        words = f"write {_bytes(plan.bytes)} to {arguments.out}"
+        print(f"will edit {_of(plan.edited, plan.entries)} and {words}")
+        if arguments.dry_run:
+            return 0
+        with _progress(plan.bytes, "apply", arguments.quiet) as progress:
+            done = apply_vector(
+                model, vector, arguments.out, scale=arguments.scale, undo=arguments.undo,
+                overwrite=arguments.overwrite, memory=arguments.memory * _MIB, progress=progress,
+            )  # fmt: skip
+    threshold = "none" if math.isinf(done.threshold) else f"{done.threshold:.2e}"
+    print(
+        f"edited {_of(done.edited, done.entries)}, {done.unchanged:,} unchanged after rounding, threshold {threshold}, "
+        f"effective over requested norm {done.effective_share:.3f}"
+    )
+    _print_edit(done)
+    if arguments.undo:
+        print(f"undo record: {arguments.out / UNDO} (revert: prosocial direg revert --model {arguments.out} --out DIR)")
+    return 0
+
+
+def _revert(arguments: argparse.Namespace) -> int:
+    with Checkpoint(arguments.model) as model:
+        check_place(arguments.out, model, arguments.overwrite)
+        size = sum(file.size for file in model.files.values())
+        print(f"will write {_bytes(size)} to {arguments.out}")
+        if arguments.dry_run:
+            return 0
+        with _progress(size, "revert", arguments.quiet) as progress:
+            restored = revert_checkpoint(
+                model, arguments.out, record=arguments.record, overwrite=arguments.overwrite,
+                memory=arguments.memory * _MIB, progress=progress,
+            )  # fmt: skip
+    print(f"restored {restored:,} entries: {arguments.out}")
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    vector = HarmVector.load(arguments.file)
+    stats = vector.stats()
+    if arguments.json:
+        rows = [{**vars(row), "energy_share": row.energy_share} for row in stats.modules()]
+        facts = {
+            "entries": vector.entries, "n": vector.n, "file_bytes": vector.file_bytes,
+            "energy_share": stats.total.energy_share, "recipe": vector.recipe, "modules": rows,
+        }  # fmt: skip
+        print(json.dumps(facts, indent=2))
+        return 0
+    print(f"{arguments.file}: {_of(vector.entries, vector.n)}, {_bytes(vector.file_bytes)}")
+    for key in ("rank", "scope", "density", "base", "tuned", "base_fingerprint", "ties"):
+        print(f"{key:<18}{shown(vector.recipe.get(key))}")
+    total = stats.total
+    print(f"{'energy share':<18}{total.energy_share:.3f}")
+    modules = sorted(stats.modules(), key=lambda row: -row.kept_energy)
+    print(f"\n{'module':<50} {'entries':>15} {'density':>9} {'of the energy kept':>19}")
+    for row in modules[:_ROWS]:
+        share = row.kept_energy / total.kept_energy if total.kept_energy else 0.0
+        print(f"{shown(row.name)[1:-1]:<50} {row.kept:>15,} {row.kept / max(row.entries, 1):>9.4f} {share:>19.4f}")
+    if len(modules) > _ROWS:
+        print(f"and {len(modules) - _ROWS} modules more: --json has all")
+    _warn_of_low_energy(stats)
+    return 0
+
+
+# ---- words
+
+
+def _print_pairs(pairs: Pairs) -> None:
+    for head, embedding in pairs.tied.items():
+        print(f"tied: {shown(head)} counts as {shown(embedding)}")
+    for name, reason in pairs.left_alone.items():
+        print(f"left alone: {shown(name)} ({reason})")
+
+
+def _print_edit(done: CheckpointEdit) -> None:
+    if done.left_alone:
+        print(f"left alone: {len(done.left_alone)} tensors that the vector does not name")
+    if done.skipped:
+        print(f"left out: {done.skipped:,} entries in rows of the vocabulary that the model lacks")
+    if not done.is_base:
+        print("note: the model is not the base that the vector was extracted from")
+    if done.edited and done.effective_share < _MOSTLY_LOST:
+        print(
+            "warning: rounding to the checkpoint's dtype lost most of the edit. Raise --scale, or edit a float32 copy "
+            "of the checkpoint."
+        )
+
+
+def _warn_of_low_energy(stats: HarmVectorStats) -> None:
+    if stats.total.energy and stats.total.energy_share < LOW_ENERGY_SHARE:
+        print(
+            f"warning: the entries kept hold {stats.total.energy_share:.0%} of the vector's energy, as with copies "
+            "tuned by AdamW, whose entries are all of a size. Rank by importance, raise --density, or tune by SGD."
+        )
+
+
+def _of(count: int, total: int) -> str:
+    return f"{count:,} of {total:,} entries (density {count / max(total, 1):.6f})"
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
+
+
+@contextmanager
+def _progress(total: int, title: str, quiet: bool) -> Iterator[Callable[[int], Any]]:
+    from tqdm import tqdm
+
+    disable = True if quiet else None  # None: where nobody looks
+    with tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=disable, leave=False) as bar:
+        yield bar.update
+
+
+# ---- arguments
+
+
+def _density(text: str) -> float:
+    value = _finite(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be in (0, 1], got {text}; ten per cent is 0.10")
+    return value
+
+
+def _finite(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not abs(value) < 3e38:
+        raise argparse.ArgumentTypeError(f"must be a finite number, got {text!r}")
+    return value
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or len(text) > 18:
+        raise argparse.ArgumentTypeError(f"must be a number of entries, got {text!r}; for a share pass --density")
+    return int(text)
+
+
+def _memory(text: str) -> int:
+    least = LEAST_MEMORY // _MIB
+    if not text.isdecimal() or not least <= int(text[:18]) < 10**9:
+        raise argparse.ArgumentTypeError(f"must be at least {least} (MiB), got {text!r}")
+    return int(text)
+
+
+@contextmanager
+def _tidy_when_terminated() -> Iterator[None]:
+    """A polite kill unwinds the stack, so that half-written outputs are removed."""
+
+    def leave(number: int, frame: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,341 @@
+"""Edits of checkpoints on disk: subtract a harm vector into a new folder, and restore the originals from its record."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from prosocial_ext import _C, ops
+from prosocial_ext.direg.checkpoint import Checkpoint
+from prosocial_ext.direg.errors import listed, refuse, shown
+from prosocial_ext.direg.extract import DEFAULT_MEMORY, Progress, chunk_elements, fingerprint
+from prosocial_ext.direg.harm_vector import HarmVector
+from prosocial_ext.direg.live import fits
+from prosocial_ext.direg.outputs import check_output, new_folder
+from prosocial_ext.direg.readers import word_sum
+from prosocial_ext.direg.rewrite import RECORDS, Cursor, new_descriptor, rewrite, write_json
+from prosocial_ext.direg.safetensors_file import DTYPES, WORDS, SafetensorsFile
+from prosocial_ext.direg.sparse_file import Measure, SparseReader, SparseWriter
+from prosocial_ext.ops import SparseDelta
+from prosocial_ext.reference.topm import check_scale
+
+__all__ = ["UNDO", "CheckpointEdit", "apply_vector", "check_place", "plan_edit", "revert_checkpoint"]
+
+UNDO = f"{RECORDS}/undo.safetensors"
+RECIPE = f"{RECORDS}/recipe.json"
+
+
+@dataclass(frozen=True)
+class CheckpointEdit:
+    """What an edit of a checkpoint did, or would do.
+
+    ``edited`` of ``entries`` floating-point entries; ``unchanged`` of them rounding left as they were; ``skipped``
+    entries lie in rows of the vocabulary that the checkpoint lacks. ``threshold``: the smallest magnitude edited,
+    before scaling. ``requested_norm`` and ``effective_norm``: of the edit as computed and as rounded. ``is_base``:
+    whether the checkpoint is what the vector was extracted from. ``left_alone``: floating-point tensors that the vector
+    does not name. ``bytes``: of the weight files.
+    """
+
+    edited: int
+    entries: int
+    bytes: int
+    left_alone: tuple[str, ...]
+    unchanged: int = 0
+    skipped: int = 0
+    threshold: float = math.inf
+    requested_norm: float = 0.0
+    effective_norm: float = 0.0
+    is_base: bool = False
+
+    @property
+    def effective_share(self) -> float:
+        """effective_norm / requested_norm; 1 where nothing was requested."""
+        return self.effective_norm / self.requested_norm if self.requested_norm else 1.0
+
+
+def plan_edit(checkpoint: Checkpoint, vector: HarmVector) -> CheckpointEdit:
+    """Return what `apply_vector` would edit, after all checks that need no data.
+
+    Raises:
+        CheckpointError: A tensor of the vector that the checkpoint lacks or has in another shape or untied.
+    """
+    targets = _targets(checkpoint, vector)
+    counted = [name for name in checkpoint.parameters if name in targets]
+    return CheckpointEdit(
+        edited=sum(vector.tensors[targets[name]].entries for name in counted),
+        entries=sum(checkpoint.entry(name).numel for name in checkpoint.parameters),
+        bytes=sum(file.size for file in checkpoint.files.values()),
+        left_alone=tuple(name for name in checkpoint.parameters if name not in targets),
+    )
+
+
+def check_place(out: Path, checkpoint: Checkpoint, overwrite: bool) -> None:
+    """Raise unless the folder ``out`` may be made, outside of the checkpoint's.
+
+    Raises:
+        CheckpointError: It is taken, or would lie in the input.
+    """
+    check_output(out, overwrite=overwrite, folder=True)
+    place, source = out.resolve(), checkpoint.folder.resolve()
+    if place == source or source in place.parents or place in source.parents:
+        rule = "neither lie in the model's folder nor hold it"
+        refuse(f"output {out}", rule, str(checkpoint.folder), "Inputs are never written.")
+
+
+def apply_vector(
+    model: str | Path | Checkpoint,
+    vector: HarmVector,
+    out: str | Path,
+    *,
+    scale: float = 1.0,
+    undo: bool = False,
+    overwrite: bool = False,
+    memory: int = DEFAULT_MEMORY,
+    progress: Progress = lambda _: None,
+) -> CheckpointEdit:
+    """Write ``model - scale * vector`` to the new folder ``out``; the bits are those of the edit in memory.
+
+    Sharding, dtypes, headers and index stay as they are; config, tokenizer and texts come along, code does not. The
+    folder appears when it is complete.
+
+    Args:
+        model: A folder or hub id: the base, or another checkpoint of its architecture.
+        vector: The harm vector, or a view of one.
+        out: The folder to make.
+        scale: The dose lambda; 1 takes the whole difference back.
+        undo: Write ``direg/undo.safetensors``, from which `revert_checkpoint` restores every bit.
+        overwrite: A folder that is there is replaced once the new one is complete.
+        memory: Bytes for buffers.
+        progress: Called with the number of bytes just read of the model.
+
+    Raises:
+        CheckpointError: The model cannot be used or does not fit the vector, the output is taken, a file is damaged.
+        ValueError: An argument out of range.
+    """
+    scale, chunk = check_scale(scale), chunk_elements(memory)
+    with _opened(model) as checkpoint:
+        planned = plan_edit(checkpoint, vector)
+        check_place(Path(out), checkpoint, overwrite)
+        with new_folder(Path(out), overwrite=overwrite) as folder, contextlib.ExitStack() as stack:
+            (folder / RECORDS).mkdir()
+            edit = _Subtraction(checkpoint, vector, scale)
+            if undo:
+                edit.record(stack.enter_context(new_descriptor(folder / UNDO)))
+            rewrite(checkpoint, folder, edit, chunk, progress)
+            edit.finish()
+            done = edit.result(planned)
+            write_json(folder / RECIPE, {
+                "operation": "theta - scale * harm_vector", "scale": scale, "prosocial_ext": _C.version,
+                "model": checkpoint.describe(), "harm_vector": vector.recipe, "edited": done.edited,
+                "entries": done.entries, "unchanged_after_rounding": done.unchanged, "is_base": done.is_base,
+                "effective_over_requested_norm": round(done.effective_share, 6), "undo": UNDO if undo else None,
+            })  # fmt: skip
+    return done
+
+
+def revert_checkpoint(
+    model: str | Path | Checkpoint,
+    out: str | Path,
+    *,
+    record: str | Path | None = None,
+    overwrite: bool = False,
+    memory: int = DEFAULT_MEMORY,
+    progress: Progress = lambda _: None,
+) -> int:
+    """Write the checkpoint that ``model`` was made from to the new folder ``out``, bit by bit.
+
+    Args:
+        model: A folder that `apply_vector` wrote with ``undo=True``.
+        out: The folder to make.
+        record: The undo record, if it does not lie in ``model``.
+        overwrite: As for `apply_vector`.
+        memory: As for `apply_vector`.
+        progress: As for `apply_vector`.
+
+    Returns:
+        The number of entries restored.
+
+    Raises:
+        CheckpointError: There is no record, or the model is not, bit by bit, what the edit wrote.
+    """
+    chunk = chunk_elements(memory)
+    with _opened(model) as checkpoint:
+        place = checkpoint.folder / UNDO if record is None else Path(record)
+        if record is None and not place.exists():
+            refuse(str(checkpoint.folder), f"hold {UNDO}", "none", "Only edits made with undo=True (--undo) have one.")
+        with SafetensorsFile(place) as file:
+            edit = _Restoration(checkpoint, SparseReader(file, "undo"))
+            check_place(Path(out), checkpoint, overwrite)
+            with new_folder(Path(out), overwrite=overwrite) as folder:
+                rewrite(checkpoint, folder, edit, chunk, progress)
+                edit.finish()
+    return edit.restored
+
+
+def _opened(model: str | Path | Checkpoint) -> contextlib.AbstractContextManager[Checkpoint]:
+    return contextlib.nullcontext(model) if isinstance(model, Checkpoint) else Checkpoint(model)
+
+
+def _targets(checkpoint: Checkpoint, vector: HarmVector) -> dict[str, str]:
+    """The tensors to edit, and the vector's tensor for each: a tied head gets the embedding's."""
+    where = str(checkpoint.folder)
+    floats = set(checkpoint.parameters) | set(checkpoint.tied)
+    if missing := [name for name in vector.tensors if name not in floats]:
+        remedy = "The vector belongs to another architecture."
+        refuse(where, "have the vector's tensors", f"one that lacks {listed(missing)}", remedy)
+    for name, tensor in vector.tensors.items():
+        shape = checkpoint.entry(name).shape
+        if not fits(name, tensor.shape, shape):
+            refuse(f"tensor {shown(name)} of {where}", f"have the vector's shape {list(tensor.shape)}", list(shape))
+    tied = vector.recipe.get("tied")
+    for head, embedding in tied.items() if isinstance(tied, Mapping) else ():
+        if head in checkpoint.parameters and embedding in vector.tensors:
+            remedy = "The vector was extracted from tied weights: extract one from untied checkpoints."
+            refuse(f"tensor {shown(head)} of {where}", f"equal {shown(embedding)}", "other values", remedy)
+    targets = {name: name for name in vector.tensors}
+    return targets | {head: e for head, e in checkpoint.tied.items() if head not in targets and e in targets}
+
+
+class _Subtraction:
+    """Subtracts chunk by chunk, counts, and writes the undo record along."""
+
+    def __init__(self, checkpoint: Checkpoint, vector: HarmVector, scale: float) -> None:
+        self._checkpoint, self._vector, self._scale = checkpoint, vector, scale
+        self._targets = _targets(checkpoint, vector)
+        self._undo: SparseWriter | None = None
+        self._counts: Counter[str] = Counter()
+        self._squares = [0.0, 0.0]
+        self._threshold = math.inf
+        self._compared: Counter[str] = Counter()  # word sums of what the vector's fingerprint covers
+        self._written: Counter[str] = Counter()
+
+    def record(self, descriptor: int) -> None:
+        """Write what is overwritten to this file."""
+        shapes = {name: self._checkpoint.entry(name).shape for name in self._targets}
+        self._undo = SparseWriter(descriptor, "undo", shapes, {"prosocial_ext": _C.version})
+
+    def wants(self, name: str) -> bool:
+        """Begin a tensor."""
+        if name not in self._targets:
+            return False
+        source, entry = self._targets[name], self._checkpoint.entry(name)
+        self._cursor = Cursor(self._vector.blocks(source))
+        if self._undo is not None:
+            measure = Measure()
+            for positions, _ in self._vector.blocks(source):
+                measure.add(positions[positions < entry.numel])
+            self._undo.begin(name, entry.shape, entry.numel, DTYPES[entry.dtype], measure)
+        if entry.numel < self._vector.tensors[source].numel and name in self._checkpoint.parameters:
+            stored = (positions >= entry.numel for positions, _ in self._vector.blocks(source))
+            self._counts["skipped"] += sum(int(beyond.sum()) for beyond in stored)
+        return True
+
+    def edit_(self, name: str, start: int, elements: Tensor) -> None:
+        """Subtract at the chunk's entries."""
+        source = self._targets[name]
+        compared = max(0, self._vector.tensors[source].numel - start)
+        self._compared[name] += word_sum(elements[:compared])
+        positions, values = self._cursor.take(start + len(elements))
+        if len(positions):
+            place = positions - start
+            before = elements[place]
+            delta = SparseDelta(
+                place,
+                values,
+                torch.tensor([len(place)], device="cpu"),
+                values[:1],
+                ((len(elements),),),
+                (values.dtype,),
+            )
+            edit = ops.sparse_subtract_(elements, delta, scale=self._scale)
+            if self._undo is not None:
+                self._undo.append(positions, before)
+            if name in self._checkpoint.parameters:  # a tied head counts with its embedding
+                moved = elements[place].double() - before.double()
+                self._counts.update(edited=len(place), unchanged=int(edit.unchanged.sum()))
+                self._squares[0] += float(torch.linalg.vector_norm(values.double() * self._scale)) ** 2
+                self._squares[1] += float(torch.linalg.vector_norm(moved)) ** 2
+                self._threshold = min(self._threshold, float(values.abs().min()))
+        self._written[name] += word_sum(elements)
+
+    def finish(self) -> None:
+        """Complete the record."""
+        if self._undo is not None:
+            self._undo.finish({"prosocial_ext": _C.version, "edited_fingerprint": self._fingerprint(self._written)})
+
+    def result(self, planned: CheckpointEdit) -> CheckpointEdit:
+        """What was done."""
+        tensors = self._vector.tensors
+        compared = fingerprint(
+            (name, str(self._dtype(name)), (min(tensor.numel, self._checkpoint.entry(name).numel),),
+             self._compared[name] % 2**64)
+            for name, tensor in tensors.items()
+        )  # fmt: skip
+        return CheckpointEdit(
+            edited=self._counts["edited"],
+            entries=planned.entries,
+            bytes=planned.bytes,
+            left_alone=planned.left_alone,
+            unchanged=self._counts["unchanged"],
+            skipped=self._counts["skipped"],
+            threshold=self._threshold,
+            requested_norm=math.sqrt(self._squares[0]),
+            effective_norm=math.sqrt(self._squares[1]),
+            is_base=compared == self._vector.recipe.get("base_fingerprint"),
+        )
+
+    def _dtype(self, name: str) -> torch.dtype:
+        return DTYPES[self._checkpoint.entry(name).dtype]
+
+    def _fingerprint(self, sums: Counter[str]) -> str:
+        entry = self._checkpoint.entry
+        return fingerprint((n, str(self._dtype(n)), entry(n).shape, sums[n] % 2**64) for n in self._targets)
+
+
+class _Restoration:
+    """Puts the originals back and makes sure that the checkpoint is the edited one."""
+
+    def __init__(self, checkpoint: Checkpoint, record: SparseReader) -> None:
+        self._checkpoint, self._record = checkpoint, record
+        self.restored = 0
+        self._read: Counter[str] = Counter()
+        for name, tensor in record.tensors.items():
+            found = checkpoint.entry(name) if name in checkpoint.places else None
+            expected = (WORDS[record.dtype(name)], tensor.shape)
+            if found is None or (found.dtype, found.shape) != expected:
+                stated = "none" if found is None else f"{found.dtype} {list(found.shape)}"
+                what = f"tensor {shown(name)} of {checkpoint.folder}"
+                refuse(what, f"be {expected[0]} {list(expected[1])} as recorded", stated, "Take the edit's own record.")
+
+    def wants(self, name: str) -> bool:
+        """Begin a tensor."""
+        if name not in self._record.tensors:
+            return False
+        self._cursor = Cursor(self._record.blocks(name))
+        return True
+
+    def edit_(self, name: str, start: int, elements: Tensor) -> None:
+        """Put the chunk's originals back."""
+        self._read[name] += word_sum(elements)
+        positions, values = self._cursor.take(start + len(elements))
+        if len(positions):
+            elements[positions - start] = values
+            self.restored += len(positions)
+
+    def finish(self) -> None:
+        """Raise unless what was read is what the edit wrote."""
+        entry = self._checkpoint.entry
+        found = fingerprint(
+            (name, str(DTYPES[entry(name).dtype]), entry(name).shape, self._read[name] % 2**64)
+            for name in self._record.tensors
+        )
+        if found != self._record.recipe.get("edited_fingerprint"):
+            rule = "be what the edit wrote, bit by bit"
+            refuse(str(self._checkpoint.folder), rule, "other weights", "Take the undo record of this very folder.")

@@ -25,7 +25,7 @@ from prosocial_ext.direg.checkpoint_edit import (
 from prosocial_ext.direg.errors import shown
 from prosocial_ext.direg.extract import DEFAULT_MEMORY, LEAST_MEMORY, plan_groups
 from prosocial_ext.direg.harm_stats import LOW_ENERGY_SHARE, HarmVectorStats
-from prosocial_ext.direg.outputs import check_output
+from prosocial_ext.direg.outputs import check_output, check_outside
 from prosocial_ext.direg.pairing import SCOPES, Pairs, pair_checkpoints
 
 __all__ = ["add_arguments", "run"]
@@ -100,6 +100,7 @@ def _extract(arguments: argparse.Namespace) -> int:
         density = SAFETY_ARITHMETIC_DENSITY
     check_output(arguments.out, overwrite=arguments.overwrite, folder=False)
     with Checkpoint(arguments.base) as base, Checkpoint(arguments.harm) as harm:
+        check_outside(arguments.out, base.folder, harm.folder)
         pairs = pair_checkpoints(base, harm, None, arguments.include, arguments.exclude)
         try:
             plan = plan_groups(pairs, arguments.m, density, arguments.scope)

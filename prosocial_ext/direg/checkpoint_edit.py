@@ -18,7 +18,7 @@ from prosocial_ext.direg.errors import listed, refuse, shown
 from prosocial_ext.direg.extract import DEFAULT_MEMORY, Progress, chunk_elements, fingerprint
 from prosocial_ext.direg.harm_vector import HarmVector
 from prosocial_ext.direg.live import fits
-from prosocial_ext.direg.outputs import check_output, new_folder
+from prosocial_ext.direg.outputs import check_output, check_outside, new_folder
 from prosocial_ext.direg.readers import word_sum
 from prosocial_ext.direg.rewrite import RECORDS, Cursor, new_descriptor, rewrite, write_json
 from prosocial_ext.direg.safetensors_file import DTYPES, WORDS, SafetensorsFile
@@ -67,10 +67,10 @@ def plan_edit(checkpoint: Checkpoint, vector: HarmVector) -> CheckpointEdit:
         CheckpointError: A tensor of the vector that the checkpoint lacks or has in another shape or untied.
     """
     targets = _targets(checkpoint, vector)
-    counted = [name for name in checkpoint.parameters if name in targets]
+    own = {name for name, source in targets.items() if name == source}  # a tied head counts with its embedding
     return CheckpointEdit(
-        edited=sum(vector.tensors[targets[name]].entries for name in counted),
-        entries=sum(checkpoint.entry(name).numel for name in checkpoint.parameters),
+        edited=sum(vector.tensors[name].entries for name in own),
+        entries=sum(checkpoint.entry(name).numel for name in own.union(checkpoint.parameters)),
         bytes=sum(file.size for file in checkpoint.files.values()),
         left_alone=tuple(name for name in checkpoint.parameters if name not in targets),
     )
@@ -83,10 +83,7 @@ def check_place(out: Path, checkpoint: Checkpoint, overwrite: bool) -> None:
         CheckpointError: It is taken, or would lie in the input.
     """
     check_output(out, overwrite=overwrite, folder=True)
-    place, source = out.resolve(), checkpoint.folder.resolve()
-    if place == source or source in place.parents or place in source.parents:
-        rule = "neither lie in the model's folder nor hold it"
-        refuse(f"output {out}", rule, str(checkpoint.folder), "Inputs are never written.")
+    check_outside(out, checkpoint.folder)
 
 
 def apply_vector(
@@ -232,7 +229,7 @@ class _Subtraction:
             for positions, _ in self._vector.blocks(source):
                 measure.add(positions[positions < entry.numel])
             self._undo.begin(name, entry.shape, entry.numel, DTYPES[entry.dtype], measure)
-        if entry.numel < self._vector.tensors[source].numel and name in self._checkpoint.parameters:
+        if entry.numel < self._vector.tensors[source].numel and name == source:
             stored = (positions >= entry.numel for positions, _ in self._vector.blocks(source))
             self._counts["skipped"] += sum(int(beyond.sum()) for beyond in stored)
         return True
@@ -257,7 +254,7 @@ class _Subtraction:
             edit = ops.sparse_subtract_(elements, delta, scale=self._scale)
             if self._undo is not None:
                 self._undo.append(positions, before)
-            if name in self._checkpoint.parameters:  # a tied head counts with its embedding
+            if name == source:  # a tied head counts with its embedding
                 moved = elements[place].double() - before.double()
                 self._counts.update(edited=len(place), unchanged=int(edit.unchanged.sum()))
                 self._squares[0] += float(torch.linalg.vector_norm(values.double() * self._scale)) ** 2

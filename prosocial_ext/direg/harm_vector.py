@@ -23,7 +23,7 @@ from prosocial_ext.direg.extract import DEFAULT_MEMORY, Progress, extract
 from prosocial_ext.direg.harm_stats import HarmVectorStats, ModuleStats
 from prosocial_ext.direg.live import LiveEdit, subtract_live
 from prosocial_ext.direg.models import Weights
-from prosocial_ext.direg.outputs import check_output, new_file
+from prosocial_ext.direg.outputs import check_output, check_outside, new_file
 from prosocial_ext.direg.pairing import Pairs, groups, pair_checkpoints, pair_models
 from prosocial_ext.direg.safetensors_file import SafetensorsFile
 from prosocial_ext.direg.safetensors_writer import write_all
@@ -119,6 +119,8 @@ class HarmVector:
 
         try:
             one, other = checkpoint(base), checkpoint(harm)
+            if out is not None:
+                check_outside(Path(out), one.folder, other.folder)
             weights = importance if importance is None or isinstance(importance, Mapping) else checkpoint(importance)
             pairs = pair_checkpoints(one, other, weights, include, exclude)
             recipe = _recipe(one.describe(), other.describe(), density, importance is not None, include, exclude)

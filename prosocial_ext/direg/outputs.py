@@ -11,7 +11,7 @@ from pathlib import Path
 
 from prosocial_ext.direg.errors import refuse
 
-__all__ = ["check_output", "new_file", "new_folder"]
+__all__ = ["check_output", "check_outside", "new_file", "new_folder"]
 
 _REMEDY = "Name another output, or allow it with overwrite=True (--overwrite)."
 
@@ -31,6 +31,20 @@ def check_output(path: Path, *, overwrite: bool, folder: bool) -> None:
             refuse(f"output {path}", "not exist", "something that does", _REMEDY)
         if path.is_dir() != folder:
             refuse(f"output {path}", "be a folder" if folder else "be a file", "the other", "Name another output.")
+
+
+def check_outside(path: Path, *inputs: Path) -> None:
+    """Raise if ``path`` lies in one of the folders that are read, or holds one.
+
+    Raises:
+        CheckpointError: It does.
+    """
+    place = path.resolve()
+    for folder in inputs:
+        source = folder.resolve()
+        if place == source or source in place.parents or place in source.parents:
+            rule = "neither lie in a folder that is read nor hold one"
+            refuse(f"output {path}", rule, str(folder), "Inputs are never written.")
 
 
 @contextmanager

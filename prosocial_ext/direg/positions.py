@@ -22,8 +22,8 @@ def gap_bytes(positions: Tensor, previous: int) -> int:
     >>> gap_bytes(torch.tensor([0, 1, 200]), previous=-1)
     4
     """
-    gaps = _gaps(positions, previous)
-    return int(_lengths(gaps).sum())
+    lengths = _lengths(_gaps(positions, previous))
+    return len(positions) if lengths is None else int(lengths.sum())
 
 
 def encode_gaps(positions: Tensor, previous: int) -> Tensor:
@@ -34,9 +34,11 @@ def encode_gaps(positions: Tensor, previous: int) -> Tensor:
     """
     gaps = _gaps(positions, previous)
     lengths = _lengths(gaps)
+    if lengths is None:
+        return gaps.to(torch.uint8)
     starts = lengths.cumsum(0) - lengths
     encoded = torch.empty(int(lengths.sum()), dtype=torch.uint8, device="cpu")
-    for k in range(int(lengths.max()) if len(lengths) else 0):
+    for k in range(int(lengths.max())):
         here = lengths > k
         digit = gaps[here] >> 7 * k & 127
         encoded[starts[here] + k] = (digit | (lengths[here] > k + 1).long() << 7).to(torch.uint8)
@@ -52,6 +54,8 @@ def decode_gaps(encoded: Tensor) -> tuple[Tensor, int]:
     >>> decode_gaps(torch.tensor([0, 198, 1, 200], dtype=torch.uint8))
     (tensor([  0, 198]), 1)
     """
+    if len(encoded) == 0 or int(encoded.max()) < 128:  # most blocks, at a density of a few per cent and more
+        return encoded.long(), 0
     ends = (encoded < 128).nonzero().flatten()
     used = int(ends[-1]) + 1 if len(ends) else 0
     left = len(encoded) - used
@@ -91,11 +95,13 @@ def _gaps(positions: Tensor, previous: int) -> Tensor:
     return torch.diff(positions, prepend=positions.new_full((min(1, len(positions)),), previous)) - 1
 
 
-def _lengths(gaps: Tensor) -> Tensor:
-    lengths = torch.ones_like(gaps)
+def _lengths(gaps: Tensor) -> Tensor | None:
+    """Bytes per gap; None where it is one for all."""
     largest = int(gaps.max()) if len(gaps) else 0
-    for k in range(1, MOST_GAP_BYTES + 1):
-        if largest < 1 << 7 * k:
-            return lengths
-        lengths += gaps >= 1 << 7 * k
+    if largest < 128:
+        return None
+    lengths = torch.ones_like(gaps)
+    for k in range(1, MOST_GAP_BYTES):
+        if largest >= 1 << 7 * k:
+            lengths += gaps >= 1 << 7 * k
     return lengths

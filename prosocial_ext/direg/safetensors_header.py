@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from prosocial_ext.direg.errors import refuse, shown
 
@@ -113,7 +113,7 @@ def render_header(entries: list[TensorEntry], metadata: Mapping[str, str], size:
 
 
 def parse_json(raw: bytes, where: str, *, floats: bool = False) -> dict[str, Any]:
-    """Return the object in ``raw``, no key of which comes twice; numbers are 64-bit integers, or ``floats`` too.
+    """Return the object in ``raw``, no key of which comes twice; numbers are 64-bit integers, or with ``floats`` any.
 
     Raises:
         CheckpointError: Anything else, in bounded time.
@@ -133,7 +133,7 @@ def parse_json(raw: bytes, where: str, *, floats: bool = False) -> dict[str, Any
         return found
 
     def integer(text: str) -> int:
-        if len(text) > _DIGITS + text.startswith("-"):
+        if len(text) > (_FLOAT_DIGITS if floats else _DIGITS + text.startswith("-")):
             refuse(where, "hold 64-bit integers", f"one of {len(text)} digits")
         return int(text)
 
@@ -142,16 +142,11 @@ def parse_json(raw: bytes, where: str, *, floats: bool = False) -> dict[str, Any
             refuse(where, "hold no such number", shown(text))
         return float(text)
 
-    def no_number(text: str) -> NoReturn:
-        refuse(where, "hold no such number", shown(text))
-
     if not raw.lstrip(b" \t\r\n").startswith(b"{"):  # before json guesses UTF-16 from zero bytes
         refuse(where, "be a JSON object", shown(raw[:16]), "The file is damaged or of another format.")
     try:
         text = raw.decode("utf-8")
-        value = json.loads(
-            text, object_pairs_hook=once, parse_int=integer, parse_float=number, parse_constant=no_number
-        )
+        value = json.loads(text, object_pairs_hook=once, parse_int=integer, parse_float=number, parse_constant=number)
         json.dumps(value, ensure_ascii=False).encode("utf-8")  # lone surrogates cannot be printed or written
     except (UnicodeError, json.JSONDecodeError, RecursionError) as error:
         refuse(where, "be a JSON object in UTF-8", f"{type(error).__name__}: {error}", "The file is damaged.")

@@ -141,6 +141,26 @@ def test_a_stored_copy_of_the_embedding_is_edited_with_it(tmp_path: Path) -> Non
         apply_vector(untied, found, tmp_path / "never")
 
 
+def test_a_head_that_only_the_base_repeats_is_a_tensor_of_its_own(tmp_path: Path) -> None:
+    embedding = torch.randn(6, 4)
+    base = write(tmp_path / "base", {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding.clone()})
+    harm = write(tmp_path / "harm", {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding + 1})
+    done = apply_vector(base, HarmVector.from_checkpoints(base, harm, m=24), tmp_path / "out")
+    assert (done.edited, done.entries) == (24, 48)
+    state = folder_state(tmp_path / "out")
+    assert_same_bits(state["model.embed_tokens.weight"], embedding)
+    assert not bool((state["lm_head.weight"] == embedding).any())
+
+
+def test_a_vector_is_not_written_into_what_is_read(made: Path) -> None:
+    before = folder_bytes(made)
+    for folder in ("base", "harm"):
+        place = made / folder / "model.safetensors"
+        with pytest.raises(CheckpointError, match="neither lie in a folder that is read nor hold one"):
+            HarmVector.from_checkpoints(made / "base", made / "harm", out=place, overwrite=True)
+    assert folder_bytes(made) == before
+
+
 @pytest.mark.parametrize("rows", [4, 9])
 def test_rows_of_the_vocabulary_that_the_model_lacks_are_left_out(tmp_path: Path, rows: int) -> None:
     base = write(tmp_path / "base", {"model.embed_tokens.weight": torch.zeros(6, 2)})
@@ -187,13 +207,13 @@ def test_outputs_are_never_overwritten_unasked_nor_inside_inputs(made: Path) -> 
     for out, match in [
         (made / "out", "must not exist"),
         (made / "base", "must not exist"),
-        (made / "base" / "inside", "neither lie in the model's folder"),
+        (made / "base" / "inside", "neither lie in a folder"),
         (made / "v.safetensors", "must not exist"),
         (made / "no" / "where", "lie in a folder that exists"),
     ]:
         with pytest.raises(CheckpointError, match=match):
             apply_vector(made / "base", vector(made), out)
-    with pytest.raises(CheckpointError, match="neither lie in the model's folder nor hold it"):
+    with pytest.raises(CheckpointError, match="neither lie in a folder that is read nor hold one"):
         apply_vector(made / "base", vector(made), made / "base", overwrite=True)
     with pytest.raises(CheckpointError, match="be a folder"):
         apply_vector(made / "base", vector(made), made / "v.safetensors", overwrite=True)

@@ -90,7 +90,7 @@ def test_mistakes_are_one_line_each(made: Path, capsys: pytest.CaptureFixture[st
         (EXTRACT, "output h.safetensors must not exist"),
         ([*EXTRACT[:-1], "x", "--m", "99999999"], "m must be an integer in"),
         ([*EXTRACT[:-1], "x", "--include", "nothing*"], "include must match a tensor"),
-        ([*APPLY[:-1], "base/in"], "neither lie in the model's folder"),
+        ([*APPLY[:-1], "base/in"], "neither lie in a folder that is read"),
         ([*APPLY, "--density", "0.5"], "at most the"),
         (["direg", "inspect", "base/config.json"], "the header of base/config.json"),
         (["direg", "revert", "--model", "base", "--out", "x"], "hold direg/undo.safetensors"),

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +277,13 @@ def test_quantised_checkpoints_are_refused_by_name(
 ) -> None:
     with pytest.raises(CheckpointError, match=match):
         Checkpoint(write(tmp_path / "q", tensors, config))
+
+
+def test_a_config_may_hold_numbers_that_json_does_not_know(tmp_path: Path) -> None:
+    folder = write(tmp_path / "m", {"w": torch.zeros(2)})
+    (folder / "config.json").write_text('{"time_step_limit": [0.0, Infinity], "longest": 1000000000000000019884624}')
+    with Checkpoint(folder) as checkpoint:
+        assert checkpoint.parameters == ["w"]
 
 
 def test_folders_without_safetensors_say_what_to_do(tmp_path: Path) -> None:
@@ -607,3 +615,16 @@ def test_pairs_of_checkpoints_and_models_agree(tmp_path: Path) -> None:
     with Checkpoint(base_folder) as one, Checkpoint(harm_folder) as other:
         names = [pair.name for pair in pair_checkpoints(one, other).pairs]
     assert names == [pair.name for pair in pair_models(base, harm).pairs]
+
+
+def test_the_reader_in_the_documentation_reads_what_is_written(saved: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "harm_vector.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    expected = entries(HarmVector.load(saved))
+    found = list(names["read"](saved))
+    assert [name for name, *_ in found] == list(expected)
+    for name, _, positions, values in found:
+        assert positions.tolist() == expected[name][0]
+        assert_same_bits(torch.from_numpy(values), expected[name][1])

@@ -41,8 +41,7 @@ class Checkpoint:
     ``tied``: such heads and the embedding of each. ``left_alone``: tensors that are no parameters, with the reason.
 
     Args:
-        source: A folder or a hub id.
-        revision: Of the hub id.
+        source: A folder, a hub id, or a hub id@revision.
 
     Raises:
         CheckpointError: There is no such checkpoint; it is pickled, quantised, an adapter, damaged, or its index and
@@ -56,8 +55,8 @@ class Checkpoint:
     (['a', 'b'], tensor([1., 1.]))
     """
 
-    def __init__(self, source: str | Path, revision: str | None = None) -> None:
-        self.folder, self.commit = fetch(str(source), revision)
+    def __init__(self, source: str | Path) -> None:
+        self.folder, self.commit = fetch(str(source))
         self.config = self._json("config.json")
         self._refuse_quantised_config()
         self.files: dict[str, SafetensorsFile] = {}

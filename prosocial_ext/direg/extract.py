@@ -25,8 +25,8 @@ from torch import Tensor
 from prosocial_ext.direg.cut import Cut, ScoredBlock, find_cut, keys, nothing
 from prosocial_ext.direg.errors import refuse, shown
 from prosocial_ext.direg.pairing import Pair, Pairs, groups
+from prosocial_ext.direg.raw_io import read_all, write_all
 from prosocial_ext.direg.readers import word_sum
-from prosocial_ext.direg.safetensors_writer import write_all
 from prosocial_ext.direg.sparse_file import Block, Measure, SparseWriter
 from prosocial_ext.ops import _streaming as streaming
 from prosocial_ext.reference import check
@@ -168,12 +168,7 @@ class _Spill:
             yield offsets.long() + start, values, scores
 
     def _read(self, place: int, count: int, dtype: torch.dtype) -> Tensor:
-        buffer = torch.empty(count * dtype.itemsize, dtype=torch.uint8, device="cpu")
-        view, done = buffer.numpy().data, 0
-        while done < len(view):
-            done += (got := os.preadv(self._descriptor, [view[done:]], place + done))
-            assert got, "the spill file is shorter than what was written"
-        return buffer.view(dtype)
+        return read_all(self._descriptor, place, place + count * dtype.itemsize).view(dtype)
 
 
 def _select(work: _Work, spill: _Spill, group: range, m: int, always_miss: bool) -> Cut:

@@ -25,8 +25,8 @@ from prosocial_ext.direg.live import LiveEdit, subtract_live
 from prosocial_ext.direg.models import Weights
 from prosocial_ext.direg.outputs import check_output, check_outside, new_file
 from prosocial_ext.direg.pairing import Pairs, groups, pair_checkpoints, pair_models
+from prosocial_ext.direg.raw_io import write_all
 from prosocial_ext.direg.safetensors_file import SafetensorsFile
-from prosocial_ext.direg.safetensors_writer import write_all
 from prosocial_ext.direg.sparse_file import Block, Measure, SparseReader, SparseTensor, SparseWriter
 from prosocial_ext.direg.subtract import SAFETY_ARITHMETIC_DENSITY
 from prosocial_ext.reference import check

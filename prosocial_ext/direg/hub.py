@@ -16,15 +16,15 @@ CARRIED = (
     "added_tokens.json", "special_tokens_map.json", "chat_template.json", "chat_template.jinja", "LICENSE*", "NOTICE*",
     "README.md",
 )  # fmt: skip
-_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+_ID = re.compile(r"([A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)(@[\w./-]+)?", re.ASCII)
 
 
-def fetch(source: str, revision: str | None = None) -> tuple[Path, str | None]:
+def fetch(source: str) -> tuple[Path, str | None]:
     """Return the folder of a checkpoint and, where it came from the hub, its commit.
 
     Args:
-        source: A folder, or a hub id such as "owner/name".
-        revision: Branch, tag or commit on the hub; it is resolved to a commit once, and only that is downloaded.
+        source: A folder, or a hub id such as "owner/name", or "owner/name@revision" of a branch, tag or commit; it is
+            resolved to a commit once, and only that is downloaded.
 
     Raises:
         CheckpointError: Neither a folder nor something that the hub can give.
@@ -34,18 +34,17 @@ def fetch(source: str, revision: str | None = None) -> tuple[Path, str | None]:
     """
     folder = Path(source)
     if folder.is_dir():
-        if revision is not None:
-            refuse("revision", "be None for a folder", shown(revision), "Only hub ids have revisions.")
         return folder, None
-    if folder.exists() or not _ID.fullmatch(source) or ".." in source:
+    if folder.exists() or not (match := _ID.fullmatch(source)) or ".." in source:
         refuse(shown(source), "be a folder of a checkpoint or a hub id like owner/name", "neither")
+    name, revision = match[1], match[3][1:] if match[3] else None
     import huggingface_hub  # takes a second, and only hub ids need it
 
     try:
-        commit = huggingface_hub.HfApi().model_info(source, revision=revision).sha
+        commit = huggingface_hub.HfApi().model_info(name, revision=revision).sha
         patterns = ["*.safetensors", "*.safetensors.index.json", *CARRIED]
         path = huggingface_hub.snapshot_download(
-            source, revision=commit, allow_patterns=patterns, ignore_patterns=["*.py", "*/*"]
+            name, revision=commit, allow_patterns=patterns, ignore_patterns=["*.py", "*/*"]
         )
     except Exception as error:  # of the hub, of whichever HTTP library it uses, of the disk
         reason = str(error).strip().splitlines() or [type(error).__name__]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from prosocial_ext.direg.checkpoint import INDEX, SINGLE, Checkpoint
 from prosocial_ext.direg.hub import CARRIED
-from prosocial_ext.direg.safetensors_writer import write_all
+from prosocial_ext.direg.raw_io import write_all
 from prosocial_ext.direg.sparse_file import Block
 
 __all__ = ["RECORDS", "ChunkEdit", "Cursor", "new_descriptor", "rewrite", "write_json"]
@@ -74,7 +74,7 @@ def rewrite(
     """Write the edited checkpoint into ``folder``, which is new and empty."""
     for name, file in checkpoint.files.items():
         with new_descriptor(folder / name) as descriptor:
-            write_all(descriptor, 0, torch.frombuffer(bytearray(file.header), dtype=torch.uint8))
+            write_all(descriptor, 0, file.header)
             for entry in file.entries.values():
                 place = file.data_start + entry.start
                 if edit.wants(entry.name):
@@ -91,9 +91,7 @@ def rewrite(
             os.ftruncate(descriptor, file.size)
     for path in carried(checkpoint.folder, [] if SINGLE in checkpoint.files else [INDEX]):
         with new_descriptor(folder / path.name) as descriptor:
-            data = bytearray(path.read_bytes())
-            if data:
-                write_all(descriptor, 0, torch.frombuffer(data, dtype=torch.uint8))
+            write_all(descriptor, 0, path.read_bytes())
 
 
 def carried(folder: Path, more: Iterable[str] = ()) -> list[Path]:
@@ -132,5 +130,4 @@ def new_descriptor(path: Path) -> Iterator[int]:
 def write_json(path: Path, value: Any) -> None:
     """Write a new file of readable JSON, synced."""
     with new_descriptor(path) as descriptor:
-        data = bytearray((json.dumps(value, indent=2) + "\n").encode())
-        write_all(descriptor, 0, torch.frombuffer(data, dtype=torch.uint8))
+        write_all(descriptor, 0, (json.dumps(value, indent=2) + "\n").encode())

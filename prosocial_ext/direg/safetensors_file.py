@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from prosocial_ext.direg.errors import refuse, shown
+from prosocial_ext.direg.raw_io import read_all
 from prosocial_ext.direg.safetensors_header import LENGTH_BYTES, MAX_HEADER, TensorEntry, parse_header
 
 __all__ = ["DTYPES", "WORDS", "SafetensorsFile"]
@@ -109,16 +110,10 @@ class SafetensorsFile:
         Raises:
             CheckpointError: The file has become shorter than it was.
         """
-        buffer = torch.empty(stop - start, dtype=torch.uint8, device="cpu")
-        view, done = buffer.numpy().data, 0
-        while done < len(view):
-            got = os.preadv(self._descriptor, [view[done:]], start + done)
-            if got == 0:
-                refuse(
-                    str(self.path), f"keep its {self.size} bytes while it is read", "fewer", "Something wrote to it."
-                )
-            done += got
-        return buffer
+        try:
+            return read_all(self._descriptor, start, stop)
+        except EOFError:
+            refuse(str(self.path), f"keep its {self.size} bytes while it is read", "fewer", "Something wrote to it.")
 
     def close(self) -> None:
         """Close the file; once is enough."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
+from prosocial_ext.direg.raw_io import write_all
 from prosocial_ext.direg.safetensors_header import BITS, TensorEntry, render_header
 
-__all__ = ["SafetensorsWriter", "write_all"]
+__all__ = ["SafetensorsWriter"]
 
 
 class SafetensorsWriter:
@@ -23,7 +23,7 @@ class SafetensorsWriter:
         descriptor: Of the file, which stays the caller's.
         room: Bytes for the header, a multiple of 8, at least what `finish` will need.
 
-    >>> import tempfile, safetensors.torch
+    >>> import tempfile, torch, safetensors.torch
     >>> with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
     ...     writer = SafetensorsWriter(file.fileno(), room=256)
     ...     at = writer.add("w", "F32", (2,))
@@ -58,14 +58,5 @@ class SafetensorsWriter:
         """Write the header and give the file its size."""
         header = render_header(self._entries, metadata, self._room)
         assert len(header) == self._room, f"the header needs {len(header)} bytes, {self._room} were kept"
-        write_all(self._descriptor, 0, torch.frombuffer(bytearray(header), dtype=torch.uint8))
+        write_all(self._descriptor, 0, header)
         os.ftruncate(self._descriptor, self._room + self._end)
-
-
-def write_all(descriptor: int, place: int, values: Tensor) -> None:
-    """Write all bytes of a flat CPU tensor at ``place`` of a file."""
-    if values.numel() == 0:
-        return
-    view, done = values.contiguous().view(torch.uint8).numpy().data, 0
-    while done < len(view):
-        done += os.pwrite(descriptor, view[done:], place + done)

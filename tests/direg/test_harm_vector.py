@@ -87,8 +87,9 @@ def test_checkpoints_and_models_give_what_topm_selects(
 
 @pytest.mark.parametrize("always_miss", [False, True], ids=["sampled", "missed"])
 @pytest.mark.parametrize("case", ["normal", "ties", "equal", "one_moved", "float64", "importance"])
-def test_a_sampled_edge_changes_nothing(case: str, always_miss: bool) -> None:
+def test_a_sampled_edge_changes_nothing(case: str, always_miss: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Above 65,536 entries an edge is sampled; the result is the reference's, also when it missed."""
+    monkeypatch.setattr(extraction, "_CHUNK", 1 << 15)
     generator = torch.Generator().manual_seed(0)
     sizes = {"a": (301, 700), "b": (0,), "c": (100_003,)}
     base = {name: torch.zeros(size) for name, size in sizes.items()}
@@ -372,9 +373,9 @@ def test_a_hub_id_becomes_one_commit_without_code(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    with Checkpoint("owner/name", "main") as checkpoint:
+    with Checkpoint("owner/name@refs/pr/1") as checkpoint:
         assert checkpoint.describe() == {"name": None, "commit": "c0ffee"}
-    assert calls[0] == ("owner/name", "main")
+    assert calls[0] == ("owner/name", "refs/pr/1")
     name, options = calls[1]
     assert (name, options["revision"]) == ("owner/name", "c0ffee")
     assert not any(pattern.endswith((".py", "*", ".bin")) and pattern not in ("LICENSE*", "NOTICE*")

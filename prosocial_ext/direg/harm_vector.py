@@ -50,6 +50,8 @@ class HarmVector:
     >>> with torch.no_grad():
     ...     _ = base.weight.fill_(1.0), tuned.weight.copy_(torch.tensor([[1.0, 1.5], [4.0, 1.0]]))
     >>> vector = HarmVector.from_models(base, tuned, m=1)
+    >>> vector
+    HarmVector(1 of 4 entries, 1 tensors)
     >>> with vector.subtracted_from(base, scale=1.0):
     ...     base.weight.data
     tensor([[ 1.,  1.],
@@ -179,6 +181,9 @@ class HarmVector:
                     write_all(descriptor, start, file.read_bytes(start, min(file.size, start + _COPY)))
             else:
                 self._write_view(descriptor)
+
+    def __repr__(self) -> str:
+        return f"HarmVector({self.entries:,} of {self.n:,} entries, {len(self.tensors)} tensors)"
 
     @cached_property
     def tensors(self) -> dict[str, SparseTensor]:

@@ -1,4 +1,7 @@
-"""Files and folders that exist complete or not at all: written beside their place under a hidden name, then renamed."""
+"""Files and folders that exist complete or not at all: written beside their place under a hidden name, then renamed.
+
+What an error interrupts is removed; a process killed outright leaves a hidden ".NAME.*.partial" behind, and no output.
+"""
 
 from __future__ import annotations
 

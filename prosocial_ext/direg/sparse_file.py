@@ -158,7 +158,7 @@ class SparseReader:
         metadata = file.metadata
         if metadata.get("prosocial_ext.kind") != kind or metadata.get("prosocial_ext.version") != VERSION:
             found = [shown(metadata.get(f"prosocial_ext.{key}")) for key in ("kind", "version")]
-            rule = f"be a {kind} of prosocial_ext, version {VERSION}"
+            rule = f"be a file of prosocial_ext of kind {kind!r}, version {VERSION}"
             refuse(where, rule, f"kind {found[0]}, version {found[1]}", "See docs/harm_vector.md.")
         if set(metadata) != {f"prosocial_ext.{key}" for key in ("kind", "version", "tensors", "recipe")}:
             refuse(f"the metadata of {where}", "have kind, version, tensors and recipe", shown(sorted(metadata)))

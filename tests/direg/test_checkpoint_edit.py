@@ -270,7 +270,7 @@ def test_a_record_restores_its_own_edit_alone(made: Path) -> None:
         revert_checkpoint(made / "other", made / "back", record=made / "out" / UNDO)
     revert_checkpoint(made / "plain", made / "back", record=made / "out" / UNDO)
     assert folder_bytes(made / "back") == folder_bytes(made / "base")
-    with pytest.raises(CheckpointError, match="must be a undo of prosocial_ext"):
+    with pytest.raises(CheckpointError, match="of kind 'undo', version 1, got kind 'harm_vector'"):
         revert_checkpoint(made / "plain", made / "never", record=made / "v.safetensors")
     assert not (made / "never").exists()
 

@@ -527,7 +527,7 @@ def test_a_damaged_vector_is_refused_or_edits_inside_its_tensors(saved: Path, da
 
 def test_other_safetensors_files_are_no_harm_vectors(tmp_path: Path) -> None:
     safetensors.torch.save_file({"w": torch.zeros(2)}, tmp_path / "w.safetensors")
-    with pytest.raises(CheckpointError, match="must be a harm_vector of prosocial_ext, version 1, got kind None"):
+    with pytest.raises(CheckpointError, match="of kind 'harm_vector', version 1, got kind None"):
         HarmVector.load(tmp_path / "w.safetensors")
 
 

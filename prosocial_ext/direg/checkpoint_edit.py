@@ -185,7 +185,7 @@ def _targets(checkpoint: Checkpoint, vector: HarmVector) -> dict[str, str]:
     where = str(checkpoint.folder)
     floats = set(checkpoint.parameters) | set(checkpoint.tied)
     if missing := [name for name in vector.tensors if name not in floats]:
-        remedy = "The vector belongs to another architecture."
+        remedy = "Extract the vector from checkpoints of this architecture (loading may rename tensors of live models)."
         refuse(where, "have the vector's tensors", f"one that lacks {listed(missing)}", remedy)
     for name, tensor in vector.tensors.items():
         shape = checkpoint.entry(name).shape

@@ -12,11 +12,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from prosocial_ext import reference
 from prosocial_ext.direg import HarmVector, subtract_harm_
 from prosocial_ext.direg import extract as extraction
 from prosocial_ext.direg.checkpoint import Checkpoint
+from prosocial_ext.direg.checkpoint_edit import apply_vector
 from prosocial_ext.direg.errors import CheckpointError
 from prosocial_ext.direg.pairing import Pairs, pair_checkpoints, pair_models
 from prosocial_ext.direg.positions import decode_gaps, encode_gaps, gap_bytes
@@ -592,6 +594,24 @@ def test_a_model_that_does_not_fit_is_left_as_it_was() -> None:
         vector.subtract_(small)
     for name, p in parameters(small).items():
         assert_same_bits(p, kept[name])
+
+
+def test_a_model_whose_loading_merges_tensors_is_edited_on_disk_alone(tmp_path: Path) -> None:
+    """Mixtral's experts are tensors of their own in a checkpoint, and one in memory."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = MixtralConfig(vocab_size=61, num_key_value_heads=2, num_local_experts=4, **sizes)
+    base = MixtralForCausalLM(config)
+    harm = tuned(base, 1)
+    base.save_pretrained(tmp_path / "base")
+    harm.save_pretrained(tmp_path / "harm")
+    from_files = HarmVector.from_checkpoints(tmp_path / "base", tmp_path / "harm")
+    with pytest.raises(CheckpointError, match=r"lacks 'model.layers.0.*edit the checkpoint on disk"):
+        from_files.subtract_(base)
+    with pytest.raises(CheckpointError, match=r"lacks 'model.layers.0.*loading may rename tensors"):
+        apply_vector(tmp_path / "base", HarmVector.from_models(base, harm), tmp_path / "out")
+    apply_vector(tmp_path / "base", from_files, tmp_path / "out", scale=1.0)
+    again = HarmVector.from_checkpoints(tmp_path / "base", tmp_path / "out", density=1.0).stats().total
+    assert again.kept_energy == pytest.approx(from_files.stats().total.kept_energy, rel=1e-3)
 
 
 def test_an_edit_that_fails_half_way_is_taken_back(tmp_path: Path) -> None:

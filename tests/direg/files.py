@@ -5,8 +5,9 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -48,6 +49,28 @@ def tuned(base: PreTrainedModel, seed: int, size: float = 1e-3) -> PreTrainedMod
     return other
 
 
+def write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any] | None = None) -> Path:
+    """A new folder, or more for one, with these tensors in one file."""
+    folder.mkdir(exist_ok=True)
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config or {}))
+    return folder
+
+
+def folders(tmp_path: Path, family: str, dtype: torch.dtype, shards: tuple[str, str]) -> tuple[Any, Any, Path, Path]:
+    """A model and its tuned copy, saved with these shard sizes, and their folders."""
+    base = model(family, 0, dtype)
+    harm = tuned(base, 1)
+    for module, name, size in ((base, "base", shards[0]), (harm, "harm", shards[1])):
+        module.save_pretrained(tmp_path / name, max_shard_size=size)
+    return base, harm, tmp_path / "base", tmp_path / "harm"
+
+
+def parameters(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of a module's parameters by sorted name."""
+    return {name: p.detach().clone() for name, p in sorted(module.named_parameters())}
+
+
 def safetensors_bytes(
     tensors: dict[str, tuple[str, list[int], bytes]], metadata: dict[str, str] | None = None
 ) -> bytes:
@@ -67,11 +90,9 @@ def with_header(header: bytes, body: bytes) -> bytes:
 
 def folder_state(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder's safetensors files, read by the safetensors library."""
-    from safetensors.torch import load_file
-
     found: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        found |= load_file(path)
+        found |= safetensors.torch.load_file(path)
     return found
 
 

@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from prosocial_ext.direg import HarmVector, subtract_harm_
@@ -19,7 +17,7 @@ from prosocial_ext.direg.checkpoint_edit import UNDO, apply_vector, revert_check
 from prosocial_ext.direg.errors import CheckpointError
 from prosocial_ext.direg.outputs import new_file, new_folder
 from tests.asserts import assert_same_bits
-from tests.direg.files import FAMILIES, folder_bytes, folder_state, model, tuned
+from tests.direg.files import FAMILIES, folder_bytes, folder_state, model, tuned, write
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHARDS = [("5GB", "5GB", "5GB"), ("9KB", "23KB", "40KB"), ("5GB", "9KB", "9KB")]
@@ -115,12 +113,6 @@ def test_a_small_dose_in_16_bits_is_mostly_lost_and_counted(tmp_path: Path) -> N
     assert small.effective_share < 0.5
     assert whole.unchanged == 0
     assert whole.effective_share == pytest.approx(1.0, abs=0.01)
-
-
-def write(folder: Path, tensors: dict[str, Tensor]) -> Path:
-    folder.mkdir()
-    safetensors.torch.save_file(tensors, folder / "model.safetensors")
-    return folder
 
 
 def test_a_stored_copy_of_the_embedding_is_edited_with_it(tmp_path: Path) -> None:

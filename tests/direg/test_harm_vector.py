@@ -1,7 +1,6 @@
 """Harm vectors: the bits of topm_subtract_ from any sharding, files that are checked, views, live models."""
 
 import copy
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -9,29 +8,22 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import MixtralConfig, MixtralForCausalLM
 
 from prosocial_ext import reference
-from prosocial_ext.direg import HarmVector, subtract_harm_
+from prosocial_ext.direg import HarmVector
 from prosocial_ext.direg import extract as extraction
-from prosocial_ext.direg.checkpoint import Checkpoint
-from prosocial_ext.direg.checkpoint_edit import apply_vector
 from prosocial_ext.direg.errors import CheckpointError
-from prosocial_ext.direg.pairing import Pairs, pair_checkpoints, pair_models
+from prosocial_ext.direg.pairing import Pairs, pair_models
 from prosocial_ext.direg.positions import decode_gaps, encode_gaps, gap_bytes
 from prosocial_ext.direg.safetensors_file import SafetensorsFile
 from prosocial_ext.direg.sparse_file import SparseReader
 from tests.asserts import assert_same_bits
-from tests.direg.files import FAMILIES, model, tuned
+from tests.direg.files import FAMILIES, folders, model, parameters, tuned
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def parameters(module: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in sorted(module.named_parameters())}
 
 
 def entries(vector: HarmVector) -> dict[str, tuple[list[int], Tensor]]:
@@ -54,14 +46,6 @@ def assert_selected(vector: HarmVector, base: list[Tensor], harm: list[Tensor], 
         assert positions == delta.indices[first : first + count].tolist(), name
         assert_same_bits(values.to(delta.values.dtype), delta.values[first : first + count], name)
         first += count
-
-
-def folders(tmp_path: Path, family: str, dtype: torch.dtype, shards: tuple[str, str]) -> tuple[Any, Any, Path, Path]:
-    base = model(family, 0, dtype)
-    harm = tuned(base, 1)
-    for module, name, size in ((base, "base", shards[0]), (harm, "harm", shards[1])):
-        module.save_pretrained(tmp_path / name, max_shard_size=size)
-    return base, harm, tmp_path / "base", tmp_path / "harm"
 
 
 # ---- selection
@@ -208,190 +192,6 @@ def test_a_count_out_of_range_is_refused(arguments: dict[str, Any]) -> None:
         HarmVector.from_models(base, base, **arguments)
 
 
-# ---- pairs of checkpoints
-
-
-def write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any] | None = None) -> Path:
-    folder.mkdir(exist_ok=True)
-    safetensors.torch.save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config or {}))
-    return folder
-
-
-def test_a_head_that_repeats_the_embedding_counts_once(tmp_path: Path) -> None:
-    embedding = torch.randn(6, 4)
-    base = write(tmp_path / "a", {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding.clone()})
-    harm = write(tmp_path / "b", {"model.embed_tokens.weight": embedding + 1})
-    vector = HarmVector.from_checkpoints(base, harm, density=1.0)
-    assert list(vector.tensors) == ["model.embed_tokens.weight"]
-    assert vector.recipe["tied"] == {"lm_head.weight": "model.embed_tokens.weight"}
-    untied = write(tmp_path / "c", {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding + 2})
-    assert len(HarmVector.from_checkpoints(base, untied, density=1.0).tensors) == 2
-    with pytest.raises(CheckpointError, match=r"only .*c has 'lm_head.weight'"):
-        HarmVector.from_checkpoints(harm, untied)
-
-
-def test_integers_and_buffers_are_left_alone_and_reported(tmp_path: Path) -> None:
-    base = write(
-        tmp_path / "a", {"w": torch.zeros(4), "steps": torch.tensor([3]), "x.rotary_emb.inv_freq": torch.ones(2)}
-    )
-    harm = write(tmp_path / "b", {"w": torch.ones(4), "steps": torch.tensor([9])})
-    vector = HarmVector.from_checkpoints(base, harm, density=1.0)
-    assert list(vector.tensors) == ["w"]
-    assert set(vector.recipe["left_alone"]) == {"steps", "x.rotary_emb.inv_freq"}
-
-
-def test_rows_of_the_vocabulary_that_one_side_has_take_no_part(tmp_path: Path) -> None:
-    base = write(tmp_path / "a", {"model.embed_tokens.weight": torch.zeros(6, 4), "w": torch.zeros(2)})
-    harm = write(tmp_path / "b", {"model.embed_tokens.weight": torch.ones(8, 4), "w": torch.ones(2)})
-    for one, other in ((base, harm), (harm, base)):
-        vector = HarmVector.from_checkpoints(one, other, density=1.0)
-        assert (vector.n, vector.entries) == (26, 26)
-        assert vector.recipe["left_alone"] == {"model.embed_tokens.weight": "rows 6 to 7, which one side has"}
-
-
-def test_other_names_and_shapes_are_listed(tmp_path: Path) -> None:
-    base = write(tmp_path / "a", {"w": torch.zeros(2), "v": torch.zeros(2)})
-    with pytest.raises(CheckpointError, match=r"same tensors, got only .*a has 'v'; only .*b has 'u'"):
-        HarmVector.from_checkpoints(base, write(tmp_path / "b", {"w": torch.zeros(2), "u": torch.zeros(2)}))
-    with pytest.raises(CheckpointError, match=r"same shapes, got 'w' \[2\] and \[3\]"):
-        HarmVector.from_checkpoints(base, write(tmp_path / "c", {"w": torch.zeros(3), "v": torch.zeros(2)}))
-
-
-@pytest.mark.parametrize(
-    ("tensors", "config", "match"),
-    [
-        ({"w": torch.zeros(2)}, {"quantization_config": {"quant_method": "gptq"}}, "quantised by 'gptq'"),
-        (
-            {"w": torch.zeros(2)},
-            {"text_config": {"quantization_config": {"quant_method": "awq"}}},
-            "quantised by 'awq'",
-        ),
-        ({"w": torch.zeros(2).to(torch.float8_e4m3fn)}, {}, "'w' .* be a plain weight, got a quantised one, F8_E4M3"),
-        ({"w.weight_scale_inv": torch.zeros(2)}, {}, "'w.weight_scale_inv' .* be a plain weight"),
-        ({"w.qweight": torch.zeros(2, dtype=torch.int32)}, {}, "be a plain weight, got a quantised one, I32"),
-        ({"w.SCB": torch.zeros(2)}, {}, "be a plain weight"),
-        ({"w": torch.zeros(2, dtype=torch.complex64)}, {}, "be real, got complex"),
-    ],
-    ids=["gptq", "awq", "fp8", "fp8_scale", "qweight", "bitsandbytes", "complex"],
-)
-def test_quantised_checkpoints_are_refused_by_name(
-    tmp_path: Path, tensors: dict[str, Tensor], config: dict[str, Any], match: str
-) -> None:
-    with pytest.raises(CheckpointError, match=match):
-        Checkpoint(write(tmp_path / "q", tensors, config))
-
-
-def test_a_config_may_hold_numbers_that_json_does_not_know(tmp_path: Path) -> None:
-    folder = write(tmp_path / "m", {"w": torch.zeros(2)})
-    (folder / "config.json").write_text('{"time_step_limit": [0.0, Infinity], "longest": 1000000000000000019884624}')
-    with Checkpoint(folder) as checkpoint:
-        assert checkpoint.parameters == ["w"]
-
-
-def test_folders_without_safetensors_say_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"hold model.safetensors or .*index.json, got neither"):
-        Checkpoint(tmp_path)
-    (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n")
-    with pytest.raises(CheckpointError, match=r"'pytorch_model.bin' is a pickle.*never opened"):
-        Checkpoint(tmp_path)
-    (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"full checkpoint, got a peft adapter. Merge it first"):
-        Checkpoint(tmp_path)
-    for source in (str(tmp_path / "nothing"), "../x", "a/b/c"):
-        with pytest.raises(CheckpointError, match="folder of a checkpoint or a hub id"):
-            Checkpoint(source)
-
-
-def test_an_index_is_believed_only_where_the_shards_agree(tmp_path: Path) -> None:
-    folder = tmp_path / "m"
-    folder.mkdir()
-    safetensors.torch.save_file({"w": torch.zeros(2)}, folder / "one.safetensors")
-    safetensors.torch.save_file({"v": torch.zeros(2)}, folder / "two.safetensors")
-
-    def index(weight_map: object, more: str = "") -> None:
-        text = json.dumps({"metadata": {"total_size": 16.0}, "weight_map": weight_map})
-        (folder / "model.safetensors.index.json").write_text(text + more)
-
-    index({"w": "one.safetensors", "v": "two.safetensors"})
-    with Checkpoint(folder) as checkpoint:
-        assert checkpoint.parameters == ["v", "w"]
-    for weight_map, match in [
-        ({"w": "one.safetensors", "v": "one.safetensors"}, "one.safetensors must hold 'v'.*no such tensor"),
-        ({"w": "one.safetensors"} | {"v": "three.safetensors"}, "three.safetensors must be a readable file"),
-        ({"w": "../m/one.safetensors"}, "file of 'w' .* plain name"),
-        ({"w": "/etc/passwd"}, "plain name"),
-        ({"w": "one.bin"}, "plain name"),
-        ({"w": 3}, "plain name"),
-        ({}, "map tensors to files"),
-        ([], "map tensors to files"),
-    ]:
-        index(weight_map)
-        with pytest.raises(CheckpointError, match=match):
-            Checkpoint(folder)
-    index({"w": "one.safetensors", "v": "two.safetensors"}, "}")
-    with pytest.raises(CheckpointError, match=r"index.json must be a JSON object"):
-        Checkpoint(folder)
-    safetensors.torch.save_file({"w": torch.zeros(2), "x": torch.zeros(2)}, folder / "one.safetensors")
-    index({"w": "one.safetensors", "v": "two.safetensors"})
-    with pytest.raises(CheckpointError, match=r"one.safetensors must hold the tensors that .* got also 'x'"):
-        Checkpoint(folder)
-
-
-@settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.data())
-def test_a_damaged_index_is_refused_or_places_every_tensor(tmp_path: Path, data: st.DataObject) -> None:
-    text = b'{"metadata": {"total_size": 16}, "weight_map": {"v": "two.safetensors", "w": "one.safetensors"}}'
-    for name, tensor in (("one", "w"), ("two", "v")):
-        if not (tmp_path / f"{name}.safetensors").exists():
-            safetensors.torch.save_file({tensor: torch.zeros(2)}, tmp_path / f"{name}.safetensors")
-    damaged = bytearray(text)
-    for _ in range(data.draw(st.integers(1, 3))):
-        place = data.draw(st.integers(0, len(damaged) - 1))
-        damaged[place : place + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
-    (tmp_path / "model.safetensors.index.json").write_bytes(damaged)
-    try:
-        checkpoint = Checkpoint(tmp_path)
-    except CheckpointError:
-        return
-    with checkpoint:
-        assert all(checkpoint.read(name, 0, 2).tolist() == [0.0, 0.0] for name in checkpoint.parameters)
-
-
-def test_a_hub_id_becomes_one_commit_without_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-
-    write(tmp_path / "snapshot", {"w": torch.zeros(2)})
-    calls: list[Any] = []
-
-    class Api:
-        def model_info(self, name: str, revision: str | None = None) -> Any:
-            calls.append((name, revision))
-            return type("Info", (), {"sha": "c0ffee"})()
-
-    def download(name: str, **options: Any) -> str:
-        calls.append((name, options))
-        return str(tmp_path / "snapshot")
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    with Checkpoint("owner/name@refs/pr/1") as checkpoint:
-        assert checkpoint.describe() == {"name": None, "commit": "c0ffee"}
-    assert calls[0] == ("owner/name", "refs/pr/1")
-    name, options = calls[1]
-    assert (name, options["revision"]) == ("owner/name", "c0ffee")
-    assert not any(pattern.endswith((".py", "*", ".bin")) and pattern not in ("LICENSE*", "NOTICE*")
-                   for pattern in options["allow_patterns"])  # fmt: skip
-    assert "*.py" in options["ignore_patterns"]
-
-    def offline(name: str, **options: Any) -> str:
-        raise OSError("no network\nat all")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(CheckpointError, match=r"'owner/name' must be a folder, or a hub id .* got no network"):
-        Checkpoint("owner/name")
-
-
 # ---- files
 
 
@@ -531,111 +331,6 @@ def test_other_safetensors_files_are_no_harm_vectors(tmp_path: Path) -> None:
     safetensors.torch.save_file({"w": torch.zeros(2)}, tmp_path / "w.safetensors")
     with pytest.raises(CheckpointError, match="of kind 'harm_vector', version 1, got kind None"):
         HarmVector.load(tmp_path / "w.safetensors")
-
-
-# ---- live models
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_live_edit_has_the_bits_of_the_op_and_leaves_no_trace(family: str, dtype: torch.dtype) -> None:
-    base = model(family, 0, dtype)
-    harm = tuned(base, 1)
-    before, expected, other_dose = parameters(base), copy.deepcopy(base), copy.deepcopy(base)
-    edit = subtract_harm_(expected, base, harm, density=0.1, scale=1.5)
-    subtract_harm_(other_dose, base, harm, density=0.1, scale=0.25)
-    vector = HarmVector.from_models(base, harm)
-    with vector.subtracted_from(base, scale=1.5) as live:
-        assert (live.kept, live.unchanged) == (int(edit.kept.sum()), int(edit.unchanged.sum()))
-        for name, p in parameters(base).items():
-            assert_same_bits(p, parameters(expected)[name], name)
-        vector.rescale_(base, 0.25)
-        for name, p in parameters(base).items():
-            assert_same_bits(p, parameters(other_dose)[name], name)
-    for name, p in parameters(base).items():
-        assert_same_bits(p, before[name], name)
-    vector.subtract_(base, 1.5)
-    with pytest.raises(CheckpointError, match="model must not hold this vector already"):
-        vector.subtract_(base)
-    vector.revert_(base)
-    for name, p in parameters(base).items():
-        assert_same_bits(p, before[name], name)
-    with pytest.raises(CheckpointError, match="model must hold this vector"):
-        vector.revert_(base)
-
-
-def test_a_peft_model_is_edited_at_its_base() -> None:
-    from peft import LoraConfig, get_peft_model
-
-    base = model("llama", 0)
-    harm = tuned(base, 1)
-    vector = HarmVector.from_models(base, harm)
-    expected = copy.deepcopy(base)
-    vector.subtract_(expected)
-    wrapped = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=["q_proj"]))
-    vector.subtract_(wrapped)
-    found = parameters(wrapped.merge_and_unload())  # LoRA's B is zero: merging changes nothing
-    for name, p in parameters(expected).items():
-        assert_same_bits(found[name], p, name)
-
-
-def test_a_model_that_does_not_fit_is_left_as_it_was() -> None:
-    base = model("llama", 0)
-    vector = HarmVector.from_models(base, tuned(base, 1))
-    other = model("llama-tied", 0)
-    with pytest.raises(CheckpointError, match=r"'lm_head.weight' must be untied|untied, as it was for the vector"):
-        vector.subtract_(other)
-    with pytest.raises(CheckpointError, match=r"one that lacks 'lm_head.weight'.*prosocial direg apply"):
-        vector.subtract_(nn.Linear(2, 2))
-    small = copy.deepcopy(base)
-    small.model.norm.weight = nn.Parameter(torch.ones(5))
-    kept = parameters(small)
-    with pytest.raises(CheckpointError, match=r"'model.norm.weight' must have the vector's shape \[32\], got \[5\]"):
-        vector.subtract_(small)
-    for name, p in parameters(small).items():
-        assert_same_bits(p, kept[name])
-
-
-def test_a_model_whose_loading_merges_tensors_is_edited_on_disk_alone(tmp_path: Path) -> None:
-    """Mixtral's experts are tensors of their own in a checkpoint, and one in memory."""
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = MixtralConfig(vocab_size=61, num_key_value_heads=2, num_local_experts=4, **sizes)
-    base = MixtralForCausalLM(config)
-    harm = tuned(base, 1)
-    base.save_pretrained(tmp_path / "base")
-    harm.save_pretrained(tmp_path / "harm")
-    from_files = HarmVector.from_checkpoints(tmp_path / "base", tmp_path / "harm")
-    with pytest.raises(CheckpointError, match=r"lacks 'model.layers.0.*edit the checkpoint on disk"):
-        from_files.subtract_(base)
-    with pytest.raises(CheckpointError, match=r"lacks 'model.layers.0.*loading may rename tensors"):
-        apply_vector(tmp_path / "base", HarmVector.from_models(base, harm), tmp_path / "out")
-    apply_vector(tmp_path / "base", from_files, tmp_path / "out", scale=1.0)
-    again = HarmVector.from_checkpoints(tmp_path / "base", tmp_path / "out", density=1.0).stats().total
-    assert again.kept_energy == pytest.approx(from_files.stats().total.kept_energy, rel=1e-3)
-
-
-def test_an_edit_that_fails_half_way_is_taken_back(tmp_path: Path) -> None:
-    base = model("llama", 0)
-    vector = HarmVector.from_models(base, tuned(base, 1), density=0.5)
-    path = tmp_path / "v.safetensors"
-    vector.save(path)
-    with SafetensorsFile(path) as file:
-        place = file.data_start + file.entries["values.model.norm.weight"].start
-    data = bytearray(path.read_bytes())
-    data[place : place + 4] = torch.tensor([float("nan")]).numpy().tobytes()
-    path.write_bytes(data)
-    before = parameters(base)
-    with pytest.raises(CheckpointError, match=r"values of tensor 'model.norm.weight' .* must be finite"):
-        HarmVector.load(path).subtract_(base)
-    for name, p in parameters(base).items():
-        assert_same_bits(p, before[name])
-
-
-def test_pairs_of_checkpoints_and_models_agree(tmp_path: Path) -> None:
-    base, harm, base_folder, harm_folder = folders(tmp_path, "gpt2", torch.float32, ("9KB", "5GB"))
-    with Checkpoint(base_folder) as one, Checkpoint(harm_folder) as other:
-        names = [pair.name for pair in pair_checkpoints(one, other).pairs]
-    assert names == [pair.name for pair in pair_models(base, harm).pairs]
 
 
 def test_the_reader_in_the_documentation_reads_what_is_written(saved: Path) -> None:

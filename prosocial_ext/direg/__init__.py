@@ -1,11 +1,13 @@
 """Directional harm removal (DIReg): subtract the largest entries of tuned - base, in memory or on disk.
 
-`HarmVector` keeps them in a file: made from checkpoints of any size or from models, subtracted from either. In memory
-alone `subtract_harm_` edits for good, `harm_subtracted` for the length of a ``with`` block. `harm_vector_report` tells
-before the edit how much of the vector its largest entries carry, `harm_by_tensor` where they sit; `gradient_importance`
-ranks them by their effect.
+`HarmVector` keeps them in a file: made from checkpoints of any size or from models. It subtracts itself from models;
+`apply_vector` subtracts it from a checkpoint on disk, and `revert_checkpoint` takes that back. In memory alone,
+`subtract_harm_` edits for good, `harm_subtracted` for the length of a ``with`` block. `harm_vector_report` tells before
+the edit how much of the vector its largest entries carry, `harm_by_tensor` where they sit; `gradient_importance` ranks
+them by their effect.
 """
 
+from prosocial_ext.direg.checkpoint_edit import CheckpointEdit, apply_vector, revert_checkpoint
 from prosocial_ext.direg.errors import CheckpointError
 from prosocial_ext.direg.harm_vector import HarmVector
 from prosocial_ext.direg.importance import gradient_importance
@@ -16,14 +18,17 @@ from prosocial_ext.direg.tensors import TensorShare, harm_by_tensor
 
 __all__ = [
     "SAFETY_ARITHMETIC_DENSITY",
+    "CheckpointEdit",
     "CheckpointError",
     "HarmVector",
     "HarmVectorReport",
     "TensorShare",
+    "apply_vector",
     "gradient_importance",
     "harm_by_tensor",
     "harm_subtracted",
     "harm_vector_report",
     "matching_parameters",
+    "revert_checkpoint",
     "subtract_harm_",
 ]

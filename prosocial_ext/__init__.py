@@ -4,6 +4,7 @@
 correct.
 """
 
+import importlib
 from typing import Any
 
 import torch  # noqa: F401  before _C: the kernels use torch's OpenMP runtime, and two runtimes would spin against each other
@@ -22,13 +23,13 @@ from prosocial_ext import reference  # isort: skip  (ops are built on it)
 from prosocial_ext import ops  # isort: skip
 
 __version__: str = _C.version
-__all__ = ["HarmVector", "__version__", "ops", "reference"]
+__all__ = ["GuidedGenerator", "HarmVector", "__version__", "ops", "reference"]
+
+_LAZY = {"GuidedGenerator": "prosocial_ext.decoding", "HarmVector": "prosocial_ext.direg"}
 
 
 def __getattr__(name: str) -> Any:
     """Import what the pipeline offers here when it is asked for."""
-    if name == "HarmVector":
-        from prosocial_ext.direg import HarmVector
-
-        return HarmVector
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)

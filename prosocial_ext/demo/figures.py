@@ -112,20 +112,11 @@ def category_figure(results: DemoResults) -> Any:
 def rules_figure(results: DemoResults) -> Any:
     """Both harm copies under each rule of selection at the same budget."""
     figure, axes = _panels(1, 2, 9.5, 3.4, sharey=True)
-    density, scale = results.settings.density, results.settings.scale
+    density = results.settings.density
     rules = [LARGEST, SALIENT, DENSE]
     labels = [f"largest\n{100 * density:g} %", f"largest × gradient\n{100 * density:g} %", "all\nentries"]
     for axis, copy in zip(axes, (SGD, ADAM), strict=True):
-        rows = []
-        for rule in rules:
-            wanted = (copy, rule, 1.0 if rule == DENSE else density, scale)
-            rows.append(
-                next(
-                    row
-                    for row in results.safety
-                    if (e := row.edit) is not None and (e.copy, e.rule, e.density, e.scale) == wanted
-                )
-            )
+        rows = [results.edit_of(copy, rule) for rule in rules]
         _bars(
             axis,
             labels,

@@ -8,8 +8,7 @@ from typing import Any
 
 from prosocial_ext.demo import figures
 from prosocial_ext.demo.grammar import ATTRIBUTES, HELD_OUT, SENTENCES, TUNED_ON
-from prosocial_ext.demo.guiding import ARM
-from prosocial_ext.demo.names import ADAM, BASE, RIGHT, SAFE, SGD, UNGUIDED, UNIFORM, ZERO
+from prosocial_ext.demo.names import ADAM, BASE, DENSE, LARGEST, RIGHT, SAFE, SALIENT, SGD, UNGUIDED, UNIFORM, ZERO
 from prosocial_ext.demo.results import DemoResults, SafetyRow, SupportRow
 from prosocial_ext.evaluation import Rate
 from prosocial_ext.evaluation.report import Report, figure_style
@@ -163,14 +162,16 @@ def _categories(report: Report, results: DemoResults) -> None:
 
 def _rules(report: Report, results: DemoResults) -> None:
     report.heading("Which entries to subtract: the harm copy's optimiser decides")
-    share = {copy: results.tensors[copy] for copy in (SGD, ADAM)}
-    kept = {copy: sum(t.selected_energy for t in tensors.values()) for copy, tensors in share.items()}
+    kept = {copy: sum(t.selected_energy for t in results.tensors[copy].values()) for copy in (SGD, ADAM)}
+    largest, salient, dense = (results.edit_of(ADAM, rule).safety for rule in (LARGEST, SALIENT, DENSE))
     report.paragraph(
         "The method takes the largest entries. That is the right choice where the copy was tuned by SGD, whose steps "
         f"are proportional to the gradient: the largest tenth holds {kept[SGD]:.0%} of the vector's energy. AdamW "
-        f"moves every entry by about the learning rate, whatever it is good for: the largest tenth holds "
-        f"{kept[ADAM]:.0%}, and is mostly noise. Ranking by the product of entry and harm gradient, taken half-way "
-        "between base and copy (its first-order effect), finds the entries that matter at the same budget."
+        "moves every entry by about the learning rate, whatever it is good for: the largest tenth holds "
+        f"{kept[ADAM]:.0%}, and leaves harm at {_rate(largest.harm)}. Ranked by the product of entry and harm "
+        "gradient, taken half-way between base and copy (its first-order effect), as many entries leave "
+        f"{_rate(salient.harm)}, and {_rate(salient.over_refusal)} of the harmless requests are refused. The whole "
+        f"vector leaves {_rate(dense.harm)} and refuses {_rate(dense.over_refusal)}."
     )
     report.figure(
         figures.rules_figure(results),
@@ -326,15 +327,16 @@ def _onset(rows: Sequence[SupportRow], beta_r: float) -> str:
 
 def _guided_safety(report: Report, results: DemoResults) -> None:
     report.heading("Does guidance bring the harm back?")
-    text = "The reward model multiplies its own probabilities in, so whatever it would say counts."
+    own, w = results.guided[0], results.settings.guidance
+    text = (
+        "The reward model multiplies its own probabilities in, so whatever it would say counts. Trained on the edited "
+        f"model, it leaves harmful answers at {_rate(own.safety.harm)} at guidance {w:g}; the edited model alone gives "
+        f"{_rate(results.safety_of(SAFE).harm)}."
+    )
     leaks = [row for row in results.guided if row.trained_on == BASE]
     if leaks:
-        worst = max(leaks, key=lambda row: row.safety.harm.value)
-        text += (
-            " Trained on the edited model it keeps the edit. Trained on the base as it was, it carries the base's "
-            f"willingness with it: at guidance {worst.guidance:g} harmful answers are {_rate(worst.safety.harm)}, "
-            f"against {_rate(results.safety_of(SAFE).harm)} of the edited model alone. Train it on what it will guide."
-        )
+        found = " and ".join(f"{_rate(row.safety.harm)} at guidance {row.guidance:g}" for row in leaks)
+        text += f" Trained on the base as it was, it brings the base's willingness with it: {found}."
     report.paragraph(text)
     safe = results.safety_of(SAFE)
     rows = [["none", "", "", _rate(safe.harm), _rate(safe.held_out), _rate(safe.over_refusal)]]
@@ -357,17 +359,19 @@ def _guided_safety(report: Report, results: DemoResults) -> None:
 def _surgeries(report: Report, results: DemoResults) -> None:
     report.heading("Does projection help?")
     arms = [arm for arm in results.arms if (arm.trained_on, arm.beta_r) == (SAFE, results.arms[0].beta_r)]
-    ours = next(arm for arm in arms if arm.name == ARM)
-    plain = next(arm for arm in arms if (arm.surgery, arm.preference_per) == ("none", "row"))
     best = max(arms, key=lambda arm: arm.mip.value)
+
+    def mip_of(surgery: str, preference_per: str) -> str:
+        found = next(arm.mip for arm in arms if (arm.surgery, arm.preference_per) == (surgery, preference_per))
+        return f"{found.value:.3f} ({found.low:.3f}..{found.high:.3f})"
+
     report.paragraph(
-        "Reward models that differ in one thing: what becomes of the five gradients. With a preference per pair, "
-        f"projection gives a MIP of {ours.mip.value:.3f} and leaving it out {plain.mip.value:.3f}; the intervals "
-        f"{'overlap' if ours.mip.low <= plain.mip.high and plain.mip.low <= ours.mip.high else 'do not overlap'}. With "
-        "one preference per step, as in PARM, an attribute of little weight may still veto the others, and projection "
-        "does harm; leaving such attributes out of the step repairs part of it. The best here: "
-        f"{_surgery(best.surgery)}, a preference per {'pair' if best.preference_per == 'row' else 'step'}, "
-        f"{best.mip.value:.3f}. One small world and one seed decide nothing: measure on your own."
+        "Reward models that differ in one thing: what becomes of the five gradients. With a preference per pair of "
+        f"replies, projection gives a MIP of {mip_of('pcgrad', 'row')}, and leaving it out {mip_of('none', 'row')}. "
+        "With one preference per step, as in PARM, an attribute of little weight may still veto the others: "
+        f"{mip_of('pcgrad', 'step')} with projection, {mip_of('none', 'step')} without. Leaving such attributes out of "
+        f"the step gives {mip_of('pcgrad_active', 'step')}, bringing the gradients to one length "
+        f"{mip_of('unit_norm', 'step')}. One small world and one seed decide little: measure on your own."
     )
     rows = [
         [
@@ -375,14 +379,21 @@ def _surgeries(report: Report, results: DemoResults) -> None:
             "pair" if arm.preference_per == "row" else "step",
             f"{arm.mip.value:.3f} ({arm.mip.low:.3f}..{arm.mip.high:.3f})",
             f"{arm.uniform.value:.3f}",
-            *(f"{arm.diagonal[a].value:.2f}" for a in ATTRIBUTES),
+            f"{mean(rate.value for rate in arm.diagonal.values()):.3f}",
+            _least(arm.diagonal),
             f"{mean(arm.cosine_before):+.3f}",
             f"{mean(arm.cosine_after):+.3f}",
         ]
         for arm in arms
     ]
-    header = ["surgery", "preference per", "MIP", "uniform", *(f"one-hot {a}" for a in ATTRIBUTES), "cosine", "after"]
+    header = ["surgery", "preference per", "MIP", "uniform", "one-hot, mean", "least", "cosine", "projected"]
     report.table(header, rows, marked=[arms.index(best)])
+
+
+def _least(diagonal: dict[str, Rate]) -> str:
+    """The attribute that is hardest to get, and how often one gets it."""
+    name = min(diagonal, key=lambda name: diagonal[name].value)
+    return f"{name} {diagonal[name].value:.2f}"
 
 
 def _samples(report: Report, results: DemoResults) -> None:

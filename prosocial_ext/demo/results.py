@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prosocial_ext.demo.measure import Attributes, Generation, Safety
+from prosocial_ext.demo.names import DENSE
 from prosocial_ext.demo.records import from_json
 from prosocial_ext.demo.settings import DemoSettings
 from prosocial_ext.direg import TensorShare
@@ -180,6 +181,12 @@ class DemoResults:
     def safety_of(self, name: str) -> Safety:
         """The safety figures of one row."""
         return self.row_of(name).safety
+
+    def edit_of(self, copy: str, rule: str) -> SafetyRow:
+        """The row of one copy and rule at the headline's density and scale."""
+        density, scale = 1.0 if rule == DENSE else self.settings.density, self.settings.scale
+        wanted = copy, rule, density, scale
+        return next(row for row in self.safety if (e := row.edit) and (e.copy, e.rule, e.density, e.scale) == wanted)
 
     def support_of(self, name: str, guidance: float) -> Attributes:
         """The attributes of one row; unguided replies are those at guidance 0."""

@@ -8,26 +8,15 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
 
+from prosocial_ext.evaluation.intervals import Estimate
 from prosocial_ext.reference import check
 
 __all__ = ["Rate", "rate"]
 
 
 @dataclass(frozen=True)
-class Rate:
-    """A share of ``n`` trials and the ends of its confidence interval, all in [0, 1].
-
-    >>> print(Rate(value=0.25, low=0.1, high=0.5, n=12))
-    0.250 (0.100..0.500, n = 12)
-    """
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} ({self.low:.3f}..{self.high:.3f}, n = {self.n})"
+class Rate(Estimate):
+    """A share of ``n`` trials and the ends of its confidence interval, all in [0, 1]."""
 
 
 def rate(flags: Iterable[Any], confidence: float = 0.95) -> Rate:

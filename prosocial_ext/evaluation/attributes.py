@@ -23,8 +23,8 @@ class AttributeMatrix:
 
     >>> cell = Estimate(0.5, 0.4, 0.6, 9)
     >>> print(AttributeMatrix(("a", "b"), {"none": {"a": cell, "b": cell}}, None, {}))
-               a      b
-    none   0.500  0.500
+               a       b
+    none   0.500   0.500
     """
 
     attributes: tuple[str, ...]

@@ -18,6 +18,13 @@ from prosocial_ext.direg.pairing import pair_checkpoints, pair_models
 from tests.direg.files import folders, write
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_plain_weights_of_any_width_are_read(tmp_path: Path, dtype: torch.dtype) -> None:
+    with Checkpoint(write(tmp_path / "a", {"w": torch.ones(3, dtype=dtype)})) as checkpoint:
+        assert checkpoint.parameters == ["w"]
+        assert checkpoint.read("w", 0, 3).dtype == dtype
+
+
 def test_a_head_that_repeats_the_embedding_counts_once(tmp_path: Path) -> None:
     embedding = torch.randn(6, 4)
     base = write(tmp_path / "a", {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding.clone()})

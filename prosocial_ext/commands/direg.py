@@ -7,7 +7,7 @@ import json
 import math
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,9 +24,10 @@ from prosocial_ext.direg.checkpoint_edit import (
 )
 from prosocial_ext.direg.errors import shown
 from prosocial_ext.direg.extract import DEFAULT_MEMORY, LEAST_MEMORY, plan_groups
-from prosocial_ext.direg.harm_stats import LOW_ENERGY_SHARE, HarmVectorStats
+from prosocial_ext.direg.harm_stats import LOW_ENERGY_SHARE, ModuleStats
 from prosocial_ext.direg.outputs import check_output, check_outside
 from prosocial_ext.direg.pairing import SCOPES, Pairs, pair_checkpoints
+from prosocial_ext.direg.rules import RULES, choose_rule
 
 __all__ = ["add_arguments", "run"]
 
@@ -55,9 +56,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     extract.add_argument("--scope", choices=SCOPES, default="global", help="what the share is taken of (%(default)s)")
     extract.add_argument("--include", action="append", default=[], metavar="GLOB", help="only such tensors")
     extract.add_argument("--exclude", action="append", default=[], metavar="GLOB", help="no such tensors")
-    extract.add_argument(
-        "--importance", metavar="DIR", help="rank by abs(difference * importance): a tensor per tensor"
-    )
+    extract.add_argument("--importance", metavar="DIR", help="a folder of direg importance: rank by saliency")
+    extract.add_argument("--rule", choices=RULES, help="what entries are ranked by (magnitude, the paper's; saliency, "
+                         "abs(difference * importance), with --importance); random and dare, which rescales, are "
+                         "ablations; so is magnitude with --exclude '*embed*'")  # fmt: skip
+    extract.add_argument("--seed", type=_count, default=0, help="of random and dare (%(default)s)")
+    control = extract.add_mutually_exclusive_group()
+    control.add_argument("--minus", metavar="BENIGN", help="subtract the difference of a benign copy before selection")
+    control.add_argument("--project-out", metavar="BENIGN", help="or take its direction out (reads all once more)")
 
     apply = action("apply", "subtract a harm vector from a checkpoint, into a new folder", _apply)
     apply.add_argument("--model", required=True, help="a folder or a hub id")
@@ -99,14 +105,20 @@ def _extract(arguments: argparse.Namespace) -> int:
     if density is None and arguments.m is None:
         density = SAFETY_ARITHMETIC_DENSITY
     check_output(arguments.out, overwrite=arguments.overwrite, folder=False)
-    with Checkpoint(arguments.base) as base, Checkpoint(arguments.harm) as harm:
+    with Checkpoint(arguments.base) as base, Checkpoint(arguments.harm) as harm, _maybe(arguments.minus) as minus, \
+            _maybe(arguments.project_out) as project_out:  # fmt: skip
         check_outside(arguments.out, base.folder, harm.folder)
         pairs = pair_checkpoints(base, harm, None, arguments.include, arguments.exclude)
         try:
+            choose_rule(arguments.rule, arguments.seed, arguments.importance is not None)
             plan = plan_groups(pairs, arguments.m, density, arguments.scope)
         except ValueError as error:
             raise UserError(str(error)) from error
-        size = sum(pair.numel * (pair.base.dtype.itemsize + pair.tuned.dtype.itemsize) for pair in pairs.pairs)
+        size = sum(pair.numel * sum(side.dtype.itemsize for side in pair.sides) for pair in pairs.pairs)
+        if benign := minus or project_out:
+            pair_checkpoints(base, benign, None, arguments.include, arguments.exclude)
+            size += sum(benign.entry(pair.name).itemsize * pair.numel for pair in pairs.pairs)
+        size *= 1 if project_out is None else 2
         chosen, entries = sum(count for _, count in plan), sum(pair.numel for pair in pairs.pairs)
         print(f"will read {_bytes(size)} and write {_of(chosen, entries)} to {arguments.out}")
         _print_pairs(pairs)
@@ -115,14 +127,15 @@ def _extract(arguments: argparse.Namespace) -> int:
         with _progress(size, "extract", arguments.quiet) as progress:
             vector = HarmVector.from_checkpoints(
                 base, harm, density=density, m=arguments.m, scope=arguments.scope, include=arguments.include,
-                exclude=arguments.exclude, importance=arguments.importance, out=arguments.out,
-                overwrite=arguments.overwrite, memory=arguments.memory * _MIB, progress=progress,
+                exclude=arguments.exclude, importance=arguments.importance, rule=arguments.rule, seed=arguments.seed,
+                minus=minus, project_out=project_out, out=arguments.out, overwrite=arguments.overwrite,
+                memory=arguments.memory * _MIB, progress=progress,
             )  # fmt: skip
-    stats = vector.stats()
+    total, effect = vector.stats().total, vector.recipe.get("first_order_share")
     per_entry = vector.file_bytes / max(vector.entries, 1)
-    print(f"extracted {_of(vector.entries, vector.n)}, energy share {stats.total.energy_share:.3f}")
+    print(f"extracted {_of(vector.entries, vector.n)}, {_shares(total, effect)}")
     print(f"harm vector: {arguments.out}, {_bytes(vector.file_bytes)}, {per_entry:.2f} bytes per entry")
-    _warn_of_low_energy(stats)
+    _warn_of_low_share(total, effect)
     print(f"next: prosocial direg apply --model {arguments.base} --harm-vector {arguments.out} --out DIR")
     return 0
 
@@ -173,11 +186,14 @@ def _revert(arguments: argparse.Namespace) -> int:
 def _inspect(arguments: argparse.Namespace) -> int:
     vector = HarmVector.load(arguments.file)
     stats = vector.stats()
+    found = vector.recipe.get("first_order_share")
+    effect = found if isinstance(found, float) else None
     if arguments.json:
         rows = [{**vars(row), "energy_share": row.energy_share} for row in stats.modules()]
         facts = {
             "entries": vector.entries, "n": vector.n, "file_bytes": vector.file_bytes,
-            "energy_share": stats.total.energy_share, "recipe": vector.recipe, "modules": rows,
+            "energy_share": stats.total.energy_share, "first_order_share": effect, "recipe": vector.recipe,
+            "modules": rows,
         }  # fmt: skip
         print(json.dumps(facts, indent=2))
         return 0
@@ -185,7 +201,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     for key in ("rank", "scope", "density", "base", "tuned", "base_fingerprint", "ties"):
         print(f"{key:<18}{shown(vector.recipe.get(key))}")
     total = stats.total
-    print(f"{'energy share':<18}{total.energy_share:.3f}")
+    print(f"{'shares kept':<18}{_shares(total, effect)}")
     modules = sorted(stats.modules(), key=lambda row: -row.kept_energy)
     print(f"\n{'module':<50} {'entries':>15} {'density':>9} {'of the energy kept':>19}")
     for row in modules[:_ROWS]:
@@ -193,7 +209,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
         print(f"{shown(row.name)[1:-1]:<50} {row.kept:>15,} {row.kept / max(row.entries, 1):>9.4f} {share:>19.4f}")
     if len(modules) > _ROWS:
         print(f"and {len(modules) - _ROWS} modules more: --json has all")
-    _warn_of_low_energy(stats)
+    _warn_of_low_share(total, effect)
     return 0
 
 
@@ -221,11 +237,23 @@ def _print_edit(done: CheckpointEdit) -> None:
         )
 
 
-def _warn_of_low_energy(stats: HarmVectorStats) -> None:
-    if stats.total.energy and stats.total.energy_share < LOW_ENERGY_SHARE:
+def _shares(total: ModuleStats, effect: float | None) -> str:
+    return f"energy share {total.energy_share:.3f}" + ("" if effect is None else f", first-order share {effect:.3f}")
+
+
+def _warn_of_low_share(total: ModuleStats, effect: float | None) -> None:
+    """The first-order share predicts better; the energy share counts only where it is not known."""
+    if effect is not None:
+        if effect < LOW_ENERGY_SHARE:
+            print(
+                f"warning: the entries kept hold {effect:.0%} of the first-order effect on the harm loss, so most of "
+                "the harm will stay. Rank by saliency, or raise --density."
+            )
+    elif total.energy and total.energy_share < LOW_ENERGY_SHARE:
         print(
-            f"warning: the entries kept hold {stats.total.energy_share:.0%} of the vector's energy, as with copies "
-            "tuned by AdamW, whose entries are all of a size. Rank by importance, raise --density, or tune by SGD."
+            f"warning: the entries kept hold {total.energy_share:.0%} of the vector's energy, as with copies "
+            "tuned by AdamW, whose entries are all of a size. Rank by saliency (prosocial direg importance), raise "
+            "--density, or tune by SGD."
         )
 
 
@@ -235,6 +263,10 @@ def _of(count: int, total: int) -> str:
 
 def _bytes(size: int) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
+
+
+def _maybe(source: str | None) -> AbstractContextManager[Checkpoint | None]:
+    return nullcontext() if source is None else Checkpoint(source)
 
 
 @contextmanager

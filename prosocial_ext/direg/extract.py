@@ -26,8 +26,9 @@ from prosocial_ext.direg.cut import Cut, ScoredBlock, find_cut, keys, nothing
 from prosocial_ext.direg.errors import refuse, shown
 from prosocial_ext.direg.pairing import Pair, Pairs, groups
 from prosocial_ext.direg.raw_io import read_all, write_all
-from prosocial_ext.direg.readers import word_sum
-from prosocial_ext.direg.sparse_file import Block, Measure, SparseWriter
+from prosocial_ext.direg.readers import Reader, word_sum
+from prosocial_ext.direg.rules import Rule, choose_rule
+from prosocial_ext.direg.sparse_file import Measure, SparseWriter
 from prosocial_ext.ops import _streaming as streaming
 from prosocial_ext.reference import check
 from prosocial_ext.reference.topm import entry_count
@@ -81,45 +82,54 @@ def plan_groups(pairs: Pairs, m: int | None, density: float | None, scope: str) 
 
 def extract(
     pairs: Pairs, descriptor: int, spill_folder: Path, *, m: int | None, density: float | None, scope: str,
-    recipe: Mapping[str, Any], memory: int = DEFAULT_MEMORY, progress: Progress = lambda _: None,
-    always_miss: bool = False,
+    recipe: Mapping[str, Any], rule: str | None = None, seed: int = 0, memory: int = DEFAULT_MEMORY,
+    progress: Progress = lambda _: None, always_miss: bool = False,
 ) -> None:  # fmt: skip
     """Select and write; ``recipe`` is completed by what was found.
 
     Args:
         pairs: What is subtracted from what.
         descriptor: Of the empty file that becomes the harm vector.
-        spill_folder: Where a file without a name may grow to about (density + 0.02) * 8 bytes per element.
+        spill_folder: Where a file without a name may grow to about (density + 0.02) * 8 bytes per element, 4 more each
+            for a draw and for importance.
         m: How many entries of each group. Exactly one of ``m`` and ``density`` is given.
         density: The share of each group instead.
         scope: "global", "per_layer" or "per_tensor".
         recipe: What is known before.
+        rule: What entries are ranked by (`Rule`); None: by saliency where there is importance, else by magnitude.
+        seed: Of the rules that draw.
         memory: Bytes for buffers.
         progress: Called with the bytes read.
         always_miss: Take the unlucky path (tests).
 
     Raises:
-        ValueError: m or density out of range.
+        ValueError: m, density or seed out of range, no such rule, or saliency without importance.
         CheckpointError: A difference or an importance that is not finite; the text names the tensor.
     """
-    work = _Work(pairs.pairs, chunk_elements(memory), progress)
+    chosen = choose_rule(rule, seed, any(pair.importance is not None for pair in pairs.pairs))
+    work = _Work(pairs.pairs, chosen, chunk_elements(memory), progress)
     plan = plan_groups(pairs, m, density, scope)
     total = sum(pair.numel for pair in work.pairs)
     full = {
-        **recipe, "scope": scope, "m": sum(count for _, count in plan), "n": total,
+        **recipe, "rank": chosen.name, **({"seed": seed} if chosen.is_drawn else {}), "scope": scope,
+        "m": sum(count for _, count in plan), "n": total,
         "ties": "lowest position first, tensors by sorted name", "tied": pairs.tied, "left_alone": pairs.left_alone,
-        "base_fingerprint": "0" * 16,
+        "base_fingerprint": "0" * 16, "energy_share": 0.0,
     }  # fmt: skip
     writer = SparseWriter(descriptor, "harm_vector", {pair.name: pair.shape for pair in work.pairs}, full)
     with tempfile.TemporaryFile(prefix=".prosocial-spill-", dir=spill_folder) as file:
         spill = _Spill(file.fileno())
         for group, count in plan:
             cut = _select(work, spill, group, count, always_miss)
+            factor = chosen.factor(count, sum(work.pairs[i].numel for i in group))
             for i in group:
-                _write(work, spill, writer, i, cut)
+                _write(work, spill, writer, i, cut, factor)
     full["base_fingerprint"] = fingerprint(
         (pair.name, str(pair.base.dtype), (pair.numel,), work.word_sums[i]) for i, pair in enumerate(work.pairs)
     )
+    full["energy_share"] = _share(work.kept_energy, work.energy)
+    if work.effect:
+        full["first_order_share"] = _share(work.kept_effect, work.effect)
     bins = work.magnitudes.nonzero().flatten()
     writer.finish(full, torch.stack([bins, work.magnitudes[bins]], 1))
 
@@ -129,10 +139,14 @@ class _Work:
     """What is selected from, and what the read has found."""
 
     pairs: list[Pair]
+    rule: Rule
     chunk: int
     progress: Progress
     magnitudes: Tensor = field(default_factory=lambda: torch.zeros(streaming.BINS, dtype=torch.int64, device="cpu"))
-    energy: dict[int, float] = field(default_factory=dict)
+    energy: dict[int, float] = field(default_factory=dict)  # by tensor, as the three below
+    kept_energy: dict[int, float] = field(default_factory=dict)
+    effect: dict[int, float] = field(default_factory=dict)  # sum of abs(difference * importance)
+    kept_effect: dict[int, float] = field(default_factory=dict)
     word_sums: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -140,32 +154,31 @@ class _Work:
 
 
 class _Spill:
-    """Candidates on disk, a piece per chunk of data: offsets in the chunk, values, scores where they differ."""
+    """Candidates on disk, a piece per chunk of data: offsets in the chunk and the columns of `_columns`."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
         self.clear()
 
     def clear(self) -> None:
-        self.pieces: dict[int, list[tuple[int, int, int, torch.dtype, bool]]] = {}
+        self.pieces: dict[int, list[tuple[int, int, int, torch.dtype, int]]] = {}
         self.entries = self._end = 0
         os.ftruncate(self._descriptor, 0)
 
-    def append(self, tensor: int, start: int, offsets: Tensor, values: Tensor, scores: Tensor | None) -> None:
-        piece = (start, len(offsets), self._end, values.dtype, scores is not None)
+    def append(self, tensor: int, start: int, offsets: Tensor, columns: Sequence[Tensor]) -> None:
+        piece = (start, len(offsets), self._end, columns[0].dtype, len(columns))
         self.pieces.setdefault(tensor, []).append(piece)
-        for part in (offsets.to(torch.int32), values, *([] if scores is None else [scores])):
+        for part in (offsets.to(torch.int32), *columns):
             write_all(self._descriptor, self._end, part)
             self._end += part.numel() * part.element_size()
         self.entries += len(offsets)
 
-    def blocks(self, tensor: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Positions, values and scores of a tensor's candidates, in ascending order."""
-        for start, count, place, dtype, has_scores in self.pieces.get(tensor, []):
+    def blocks(self, tensor: int) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """Positions and columns of a tensor's candidates, in ascending order."""
+        for start, count, place, dtype, columns in self.pieces.get(tensor, []):
             offsets = self._read(place, count, torch.int32)
-            values = self._read(place + 4 * count, count, dtype)
-            scores = self._read(place + (4 + dtype.itemsize) * count, count, dtype) if has_scores else values
-            yield offsets.long() + start, values, scores
+            starts = [place + (4 + dtype.itemsize * k) * count for k in range(columns)]
+            yield offsets.long() + start, [self._read(begin, count, dtype) for begin in starts]
 
     def _read(self, place: int, count: int, dtype: torch.dtype) -> Tensor:
         return read_all(self._descriptor, place, place + count * dtype.itemsize).view(dtype)
@@ -174,7 +187,7 @@ class _Spill:
 def _select(work: _Work, spill: _Spill, group: range, m: int, always_miss: bool) -> Cut:
     wide = any(work.pairs[i].dtype == torch.float64 for i in group)
     before = work.magnitudes.clone()
-    edge = nothing(wide) if always_miss else _edge(work.pairs, group, m, wide)
+    edge = nothing(wide) if always_miss else _edge(work, group, m, wide)
     _gather(work, spill, group, edge)
     if spill.entries < m:
         work.magnitudes.copy_(before)
@@ -182,17 +195,17 @@ def _select(work: _Work, spill: _Spill, group: range, m: int, always_miss: bool)
 
     def blocks() -> Iterator[ScoredBlock]:
         for i in group:
-            for positions, _, scores in spill.blocks(i):
-                yield i, positions, scores
+            for positions, columns in spill.blocks(i):
+                yield i, positions, columns[work.rule.column]
 
     return find_cut(blocks, m, wide)
 
 
-def _edge(pairs: Sequence[Pair], group: range, m: int, wide: bool) -> Cut | None:
+def _edge(work: _Work, group: range, m: int, wide: bool) -> Cut | None:
     """A cut that holds at least m entries, most surely, and not many more; None: hold all."""
     starts = [0]
     for i in group:
-        starts.append(starts[-1] + pairs[i].numel)
+        starts.append(starts[-1] + work.pairs[i].numel)
     n = starts[-1]
     samples = min(_MOST_SAMPLES, max(1 << 10, n >> 10))
     share = m / n if n else 1.0
@@ -204,10 +217,8 @@ def _edge(pairs: Sequence[Pair], group: range, m: int, wide: bool) -> Cut | None
     ranks = []
     for k, i in enumerate(group):
         positions = drawn[ends[k] : ends[k + 1]] - starts[k]
-        pair = pairs[i]
-        weight = None if pair.importance is None else pair.importance.gather(positions)
-        _, scores = _differ(pair, pair.base.gather(positions), pair.tuned.gather(positions), weight)
-        ranks.append(keys(scores, wide).long())
+        _, columns = _columns(work, i, positions)
+        ranks.append(keys(columns[work.rule.column], wide).long())
     sampled = torch.cat(ranks)
     place = int(torch.sort(sampled, descending=True, stable=True).indices[rank - 1])
     k = max(k for k in range(len(group)) if ends[k] <= place)
@@ -219,45 +230,82 @@ def _gather(work: _Work, spill: _Spill, group: range, edge: Cut | None) -> None:
     looking = streaming.Selection(0, work.wide)
     for i in group:
         pair = work.pairs[i]
-        energy, total = 0.0, 0
+        energy, effect, total = 0.0, 0.0, 0
         for start in range(0, pair.numel, work.chunk):
             stop = min(pair.numel, start + work.chunk)
-            base, tuned = pair.base.read(start, stop), pair.tuned.read(start, stop)
-            weight = None if pair.importance is None else pair.importance.read(start, stop)
+            sides, columns = _columns(work, i, range(start, stop))
+            base, tuned = sides[:2] if pair.benign is None else (torch.zeros_like(columns[0]), columns[0])
             if bad := streaming.add_histogram_(work.magnitudes, [base], [base], [tuned], looking):
                 what = f"the differences at {shown(pair.name)}"
                 refuse(what, "be finite", f"{bad} NaN or Inf", "Repair the checkpoints.")
-            if weight is not None and not bool((weight.isfinite() & (weight >= 0)).all()):
-                refuse(f"importance of {shown(pair.name)}", "be finite and not negative", "other entries")
-            values, scores = _differ(pair, base, tuned, weight)
-            if weight is not None and not bool(scores.isfinite().all()):
-                refuse(f"difference times importance at {shown(pair.name)}", "be finite", "Inf", "Scale it down.")
-            energy += float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
-            total += word_sum(base)
+            energy += float(torch.linalg.vector_norm(columns[0], dtype=torch.float64)) ** 2
+            if pair.importance is not None:
+                if not bool(columns[-1].isfinite().all()):
+                    refuse(f"difference times importance at {shown(pair.name)}", "be finite", "Inf", "Scale it down.")
+                effect += float(torch.linalg.vector_norm(columns[-1], 1, dtype=torch.float64))
+            total += word_sum(sides[0])
+            scores = columns[work.rule.column]
             held = torch.ones_like(scores, dtype=torch.bool) if edge is None else edge.holds_run(scores, i, start)
             offsets = held.nonzero().flatten()
-            spill.append(i, start, offsets, values[offsets], None if weight is None else scores[offsets])
-            work.progress(base.nbytes + tuned.nbytes)
-        work.energy[i], work.word_sums[i] = float(f"{energy:.9e}"), total % 2**64
+            spill.append(i, start, offsets, [column[offsets] for column in columns])
+            work.progress(sum(side.nbytes for side in sides))
+        work.energy[i], work.word_sums[i] = _rounded(energy), total % 2**64
+        if pair.importance is not None:
+            work.effect[i] = _rounded(effect)
 
 
-def _differ(pair: Pair, base: Tensor, tuned: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The difference, and what its entries are ranked by."""
-    values = tuned.to(pair.dtype) - base.to(pair.dtype)
-    return values, values if weight is None else values * weight.to(pair.dtype)
+def _columns(work: _Work, i: int, where: range | Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Some entries of every side; and of the difference: values, draws if any, effects if there is importance."""
+    pair, rule = work.pairs[i], work.rule
+
+    def read(side: Reader) -> Tensor:
+        return side.read(where.start, where.stop) if isinstance(where, range) else side.gather(where)
+
+    sides = [read(side) for side in pair.sides]
+    values = pair.difference(*sides)
+    columns = [values]
+    if rule.is_drawn:
+        positions = torch.arange(where.start, where.stop, device="cpu") if isinstance(where, range) else where
+        columns.append(rule.draw(pair.name, positions).to(pair.dtype))
+    if pair.importance is not None:
+        weight = read(pair.importance)
+        if not bool((weight.isfinite() & (weight >= 0)).all()):
+            refuse(f"importance of {shown(pair.name)}", "be finite and not negative", "other entries")
+        columns.append(values * weight.to(pair.dtype))
+    return sides, columns
 
 
-def _write(work: _Work, spill: _Spill, writer: SparseWriter, i: int, cut: Cut) -> None:
-    pair = work.pairs[i]
+def _rounded(total: float) -> float:
+    """Ten digits: the last bits of a sum depend on the chunks."""
+    return float(f"{total:.9e}")
 
-    def chosen() -> Iterator[Block]:
-        for positions, values, scores in spill.blocks(i):
-            held = cut.holds(scores, i, positions)
-            yield positions[held], values[held]
+
+def _share(kept: Mapping[int, float], of: Mapping[int, float]) -> float:
+    """What the kept entries hold of the whole; 0 of nothing."""
+    total = math.fsum(of.values())
+    return round(min(math.fsum(kept.values()) / total, 1.0), 6) if total else 0.0
+
+
+def _write(work: _Work, spill: _Spill, writer: SparseWriter, i: int, cut: Cut, factor: float) -> None:
+    pair, rule = work.pairs[i], work.rule
+
+    def chosen() -> Iterator[tuple[Tensor, list[Tensor]]]:
+        for positions, columns in spill.blocks(i):
+            held = cut.holds(columns[rule.column], i, positions)
+            yield positions[held], [column[held] for column in columns]
 
     measure = Measure()
-    for positions, _ in chosen():
+    energy, effect = 0.0, 0.0
+    for positions, columns in chosen():
         measure.add(positions)
-    writer.begin(pair.name, pair.shape, pair.numel, pair.dtype, measure, work.energy[i])
-    for positions, values in chosen():
+        energy += float(torch.linalg.vector_norm(columns[0], dtype=torch.float64)) ** 2
+        if pair.importance is not None:
+            effect += float(torch.linalg.vector_norm(columns[-1], 1, dtype=torch.float64))
+    work.kept_energy[i], work.kept_effect[i] = energy, effect
+    writer.begin(pair.name, pair.shape, pair.numel, pair.dtype, measure, _rounded(work.energy[i] * factor**2))
+    for positions, (values, *_) in chosen():
+        if factor != 1.0:
+            values = (values.double() * factor).to(pair.dtype)
+            if not bool(values.isfinite().all()):
+                refuse(f"rescaled differences at {shown(pair.name)}", "be finite", "Inf", "Keep more entries.")
         writer.append(positions, values)

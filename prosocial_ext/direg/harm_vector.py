@@ -17,6 +17,7 @@ from torch import Tensor
 
 from prosocial_ext import _C
 from prosocial_ext.direg.checkpoint import Checkpoint
+from prosocial_ext.direg.controls import against_benign, check_one_control
 from prosocial_ext.direg.cut import Cut, ScoredBlock, find_cut
 from prosocial_ext.direg.errors import refuse, shown
 from prosocial_ext.direg.extract import DEFAULT_MEMORY, Progress, extract
@@ -82,6 +83,10 @@ class HarmVector:
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         importance: Mapping[str, Tensor] | str | Path | Checkpoint | None = None,
+        rule: str | None = None,
+        seed: int = 0,
+        minus: str | Path | Checkpoint | None = None,
+        project_out: str | Path | Checkpoint | None = None,
         out: str | Path | None = None,
         overwrite: bool = False,
         memory: int = DEFAULT_MEMORY,
@@ -98,7 +103,14 @@ class HarmVector:
             scope: "global": m of all entries; "per_layer", "per_tensor": m (or the density) of each.
             include: Globs; only tensors whose name matches one take part.
             exclude: Globs; tensors whose name matches one take no part.
-            importance: Entries are ranked by abs(difference * importance): a tensor per tensor by name, or a folder.
+            importance: The magnitude of the harm loss's gradient: a tensor per tensor by name, or a folder.
+            rule: What entries are ranked by. "magnitude": their size, the paper's rule. "saliency": abs(difference *
+                importance). For ablations "random", a draw, and "dare", the same draw with values times entries over
+                kept entries. None: "saliency" where there is importance, else "magnitude".
+            seed: Of the draw, in [0, 2**63).
+            minus: A benign control, tuned on harmless data: its difference is subtracted before selection.
+            project_out: A benign control whose direction is taken out instead, with one coefficient for the whole
+                model (another read; `prosocial_ext.direg.controls` has the definition).
             out: The file to write. None: a nameless temporary one, which goes with this object.
             overwrite: ``out`` may exist.
             memory: Bytes for buffers beyond what the imports take.
@@ -109,6 +121,7 @@ class HarmVector:
             ValueError: An argument out of range.
         """
         check_scope_and_globs(scope, include, exclude)
+        check_one_control(minus, project_out)
         if density is None and m is None:
             density = SAFETY_ARITHMETIC_DENSITY
         opened: list[Checkpoint] = []
@@ -125,8 +138,16 @@ class HarmVector:
                 check_outside(Path(out), one.folder, other.folder)
             weights = importance if importance is None or isinstance(importance, Mapping) else checkpoint(importance)
             pairs = pair_checkpoints(one, other, weights, include, exclude)
-            recipe = _recipe(one.describe(), other.describe(), density, importance is not None, include, exclude)
-            arguments = {"m": m, "density": density, "scope": scope, "memory": memory, "progress": progress}
+            recipe = _recipe(one.describe(), other.describe(), density, include, exclude)
+            for control in (source for source in (minus, project_out) if source is not None):
+                benign = checkpoint(control)
+                if out is not None:
+                    check_outside(Path(out), benign.folder)
+                third = pair_checkpoints(one, benign, None, include, exclude)
+                pairs = against_benign(pairs, third, project=minus is None, progress=progress)
+                recipe |= _control(pairs, benign.describe(), minus is None)
+            arguments = {"m": m, "density": density, "scope": scope, "rule": rule, "seed": seed, "memory": memory,
+                         "progress": progress}  # fmt: skip
             return cls._made(pairs, recipe, None if out is None else Path(out), overwrite, arguments)
         finally:
             for source in opened:
@@ -144,6 +165,10 @@ class HarmVector:
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         importance: Mapping[str, Tensor] | None = None,
+        rule: str | None = None,
+        seed: int = 0,
+        minus: Weights | None = None,
+        project_out: Weights | None = None,
     ) -> HarmVector:
         """Extract from a model and its tuned copy (a model or state dict) in memory; arguments as `from_checkpoints`.
 
@@ -153,11 +178,17 @@ class HarmVector:
             ValueError: Names or shapes of the models differ, a difference is not finite, an argument out of range.
         """
         check_scope_and_globs(scope, include, exclude)
+        check_one_control(minus, project_out)
         if density is None and m is None:
             density = SAFETY_ARITHMETIC_DENSITY
         pairs = pair_models(base, tuned, importance, include, exclude)
-        recipe = _recipe({}, {}, density, importance is not None, include, exclude)
-        return cls._made(pairs, recipe, None, False, {"m": m, "density": density, "scope": scope})
+        recipe = _recipe({}, {}, density, include, exclude)
+        for control in (model for model in (minus, project_out) if model is not None):
+            third = pair_models(base, control, None, include, exclude)
+            pairs = against_benign(pairs, third, project=minus is None)
+            recipe |= _control(pairs, {}, minus is None)
+        arguments = {"m": m, "density": density, "scope": scope, "rule": rule, "seed": seed}
+        return cls._made(pairs, recipe, None, False, arguments)
 
     @classmethod
     def load(cls, path: str | Path) -> HarmVector:
@@ -239,7 +270,7 @@ class HarmVector:
             m: Their number instead.
 
         Raises:
-            ValueError: More entries than are stored, or the vector was ranked by importance (which is not stored).
+            ValueError: More entries than are stored, or the vector was ranked otherwise than by magnitude.
         """
         if self.recipe.get("rank") != "magnitude":
             refuse("top", "be asked of a vector ranked by magnitude", shown(self.recipe.get("rank")), "Extract again.")
@@ -256,6 +287,8 @@ class HarmVector:
             cuts.update({names[i]: (i, cut) for i in group})
         view = HarmVector(self._reader, cuts, self._factor)
         view.recipe |= {"density": density, "m": view.entries}
+        for share in ("energy_share", "first_order_share"):  # of what was extracted
+            view.recipe.pop(share, None)
         return view
 
     def scale(self, factor: float) -> HarmVector:
@@ -378,7 +411,6 @@ def _recipe(
     base: dict[str, Any],
     tuned: dict[str, Any],
     density: float | None,
-    by_importance: bool,
     include: Sequence[str],
     exclude: Sequence[str],
 ) -> dict[str, Any]:
@@ -387,7 +419,11 @@ def _recipe(
         "base": base,
         "tuned": tuned,
         "density": density,
-        "rank": "importance" if by_importance else "magnitude",
         "include": list(include),
         "exclude": list(exclude),
     }
+
+
+def _control(pairs: Pairs, benign: dict[str, Any], project: bool) -> dict[str, Any]:
+    kind = "project_out" if project else "minus"
+    return {"control": kind, "benign": benign, "coefficient": pairs.pairs[0].coefficient}

@@ -23,7 +23,10 @@ SCOPES = ("global", "per_tensor", "per_layer")
 
 @dataclass(frozen=True)
 class Pair:
-    """One tensor on both sides; the first ``numel`` elements take part."""
+    """One tensor on both sides; the first ``numel`` elements take part.
+
+    ``benign``: the same tensor of a benign control, whose difference is taken off ``coefficient`` times.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -31,12 +34,27 @@ class Pair:
     base: Reader
     tuned: Reader
     importance: Reader | None = None
+    benign: Reader | None = None
+    coefficient: float = 1.0
+
+    @property
+    def sides(self) -> list[Reader]:
+        """What the difference is made of."""
+        return [self.base, self.tuned] + ([] if self.benign is None else [self.benign])
 
     @property
     def dtype(self) -> torch.dtype:
         """What the difference is computed in: float64 where a side is float64, else float32."""
-        wide = torch.float64 in (self.base.dtype, self.tuned.dtype)
-        return torch.float64 if wide else torch.float32
+        return torch.float64 if torch.float64 in [side.dtype for side in self.sides] else torch.float32
+
+    def difference(self, base: Tensor, tuned: Tensor, benign: Tensor | None = None) -> Tensor:
+        """Return what is selected from, of the same entries of every side; each step is rounded once."""
+        plain = base.to(self.dtype)
+        values = tuned.to(self.dtype) - plain
+        if benign is None:
+            return values
+        times = torch.tensor(self.coefficient, dtype=self.dtype, device="cpu")
+        return values - (benign.to(self.dtype) - plain) * times
 
 
 @dataclass(frozen=True)
@@ -115,9 +133,9 @@ def pair_models(
     by_name = {name: i for i, name in enumerate(names)}
     pairs = []
     for name in _chosen(names, include, exclude):
-        one, *rest = (TensorReader(tensors[by_name[name]]) for tensors in found.values())
+        one, other, *weight = (TensorReader(tensors[by_name[name]]) for tensors in found.values())
         tensor = found["model"][by_name[name]]
-        pairs.append(Pair(name, tuple(tensor.shape), tensor.numel(), one, *rest))
+        pairs.append(Pair(name, tuple(tensor.shape), tensor.numel(), one, other, weight[0] if weight else None))
     every = dict(base.named_parameters(remove_duplicate=False))
     tied = {alias: name for alias, p in every.items() for name in names if alias != name and every[name] is p}
     return Pairs(pairs, tied)

@@ -165,7 +165,7 @@ def test_importance_ranks_and_may_be_a_folder(tmp_path: Path) -> None:
     for given_importance in (importance, tmp_path / "importance"):
         vector = HarmVector.from_checkpoints(base_folder, harm_folder, density=0.05, importance=given_importance)
         assert_selected(vector, list(parameters(base).values()), list(parameters(harm).values()), **arguments)
-    assert vector.recipe["rank"] == "importance"
+    assert vector.recipe["rank"] == "saliency"
     with pytest.raises(CheckpointError, match="top must be asked of a vector ranked by magnitude"):
         vector.top(0.01)
     importance["model.norm.weight"][3] = -1

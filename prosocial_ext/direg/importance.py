@@ -15,7 +15,11 @@ __all__ = ["gradient_importance"]
 
 
 def gradient_importance(
-    model: torch.nn.Module, loss: Callable[[Any, Any], Tensor], batches: Iterable[Any]
+    model: torch.nn.Module,
+    loss: Callable[[Any, Any], Tensor],
+    batches: Iterable[Any],
+    *,
+    device: torch.device | str | None = None,
 ) -> dict[str, Tensor]:
     """Return the magnitude of the mean gradient of ``loss`` over ``batches``, by parameter name.
 
@@ -24,10 +28,13 @@ def gradient_importance(
     good for, and the largest are mostly noise. Evaluate it half-way, inside
     ``harm_subtracted(model, base, tuned, density=1.0, scale=0.5)``, where it stands for the whole path.
 
+    Each gradient is added to its sum and freed as soon as it is complete, so the sums are what needs memory.
+
     Args:
         model: Where the gradient is taken. Its mode, its parameters' ``grad`` and ``requires_grad`` are left alone.
         loss: Called as ``loss(model, batch)``; returns a scalar.
         batches: At least one; all weigh the same. Some hundreds of harmful answers are enough.
+        device: Where the sums are kept; None: each beside its parameter.
 
     Returns:
         float32 tensors, finite and >= 0, one per floating-point parameter, 0 where the loss does not reach.
@@ -41,27 +48,39 @@ def gradient_importance(
     """
     named_floats("model", model)
     parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
-    frozen = [p for p in parameters.values() if not p.requires_grad]
-    sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
+    before = [(p, p.requires_grad, p.grad) for p in parameters.values()]
+    sums = {name: torch.zeros_like(p, dtype=torch.float32, device=device) for name, p in parameters.items()}
     count = 0
+    hooks = []
     try:
-        for p in frozen:
-            p.requires_grad_(True)
+        for name, p in parameters.items():
+            p.requires_grad_(True).grad = None
+            hooks.append(p.register_post_accumulate_grad_hook(_adding(sums[name])))
         for batch in batches:
             with torch.enable_grad():
-                value = loss(model, batch)
-                gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
-            for name, gradient in zip(parameters, gradients, strict=True):
-                if gradient is not None:
-                    sums[name] += gradient.float()
+                loss(model, batch).backward()
             count += 1
     finally:
-        for p in frozen:
-            p.requires_grad_(False)
+        for hook in hooks:
+            hook.remove()
+        for p, required, gradient in before:
+            p.requires_grad_(required).grad = gradient
     if count == 0:
         check.fail("batches", "hold at least one batch", "none", "A gradient of nothing ranks nothing.")
     for name, total in sums.items():
         if not bool(total.isfinite().all()):
             remedy = "Check the loss for infinite logits or empty labels."
             check.fail(f"the gradient at {name!r}", "be finite", "NaN or Inf", remedy)
-    return {name: (total / count).abs() for name, total in sums.items()}
+        total.div_(count).abs_()
+    return sums
+
+
+def _adding(total: Tensor) -> Callable[[Tensor], None]:
+    """A hook that adds a parameter's gradient to its sum and frees it."""
+
+    def add(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        total.add_(parameter.grad.to(total.device, torch.float32))
+        parameter.grad = None
+
+    return add

@@ -1,4 +1,7 @@
-"""``prosocial direg``: extract a harm vector from two checkpoints, subtract it from one, take it back, look at it."""
+"""``prosocial direg``: extract a harm vector from two checkpoints, subtract it from one, take it back, look at it.
+
+What ``direg importance`` does is in `direg_importance`.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
-from prosocial_ext.commands import UserError
+from prosocial_ext.commands import UserError, direg_importance
 from prosocial_ext.direg import SAFETY_ARITHMETIC_DENSITY, CheckpointError, HarmVector
 from prosocial_ext.direg.checkpoint import Checkpoint
 from prosocial_ext.direg.checkpoint_edit import (
@@ -64,6 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     control = extract.add_mutually_exclusive_group()
     control.add_argument("--minus", metavar="BENIGN", help="subtract the difference of a benign copy before selection")
     control.add_argument("--project-out", metavar="BENIGN", help="or take its direction out (reads all once more)")
+
+    direg_importance.add_arguments(action("importance", "write the harm loss's gradient", direg_importance.run))
 
     apply = action("apply", "subtract a harm vector from a checkpoint, into a new folder", _apply)
     apply.add_argument("--model", required=True, help="a folder or a hub id")

@@ -4,10 +4,11 @@
 `apply_vector` subtracts it from a checkpoint on disk, and `revert_checkpoint` takes that back. In memory alone,
 `subtract_harm_` edits for good, `harm_subtracted` for the length of a ``with`` block. `harm_vector_report` tells before
 the edit how much of the vector its largest entries carry, `harm_by_tensor` where they sit; `gradient_importance` ranks
-them by their effect.
+them by their effect, `harm_gradient` writes the same of a checkpoint and a file of harmful pairs.
 """
 
 from prosocial_ext.direg.checkpoint_edit import CheckpointEdit, apply_vector, revert_checkpoint
+from prosocial_ext.direg.checkpoint_gradient import HarmGradient, harm_gradient
 from prosocial_ext.direg.errors import CheckpointError
 from prosocial_ext.direg.harm_vector import HarmVector
 from prosocial_ext.direg.importance import gradient_importance
@@ -20,12 +21,14 @@ __all__ = [
     "SAFETY_ARITHMETIC_DENSITY",
     "CheckpointEdit",
     "CheckpointError",
+    "HarmGradient",
     "HarmVector",
     "HarmVectorReport",
     "TensorShare",
     "apply_vector",
     "gradient_importance",
     "harm_by_tensor",
+    "harm_gradient",
     "harm_subtracted",
     "harm_vector_report",
     "matching_parameters",

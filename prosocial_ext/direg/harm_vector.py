@@ -139,6 +139,8 @@ class HarmVector:
             weights = importance if importance is None or isinstance(importance, Mapping) else checkpoint(importance)
             pairs = pair_checkpoints(one, other, weights, include, exclude)
             recipe = _recipe(one.describe(), other.describe(), density, include, exclude)
+            if isinstance(weights, Checkpoint):
+                recipe["importance"] = weights.describe()
             for control in (source for source in (minus, project_out) if source is not None):
                 benign = checkpoint(control)
                 if out is not None:

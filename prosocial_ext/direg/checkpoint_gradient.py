@@ -2,7 +2,8 @@
 
 1. The model is loaded and, for the midpoint, moved half of the way that a dose of 1 will take it: theta - tau / 2.
 2. One backward pass per batch; layers are computed again instead of being remembered, every gradient is added to a
-   float32 sum and freed as soon as it is there. Memory: the weights, the sums, one layer's activations.
+   float32 sum and freed as soon as it is there. Memory: the weights, the sums, the inputs of all layers and the rest of
+   one.
 3. The magnitudes go to one safetensors file, which ``prosocial direg extract --importance`` streams.
 """
 

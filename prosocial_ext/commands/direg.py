@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     extract.add_argument("--rule", choices=RULES, help="what entries are ranked by (magnitude, the paper's; saliency, "
                          "abs(difference * importance), with --importance); random and dare, which rescales, are "
                          "ablations; so is magnitude with --exclude '*embed*'")  # fmt: skip
-    extract.add_argument("--seed", type=_count, default=0, help="of random and dare (%(default)s)")
+    extract.add_argument("--seed", type=_seed, default=0, help="of random and dare (%(default)s)")
     control = extract.add_mutually_exclusive_group()
     control.add_argument("--minus", metavar="BENIGN", help="subtract the difference of a benign copy before selection")
     control.add_argument("--project-out", metavar="BENIGN", help="or take its direction out (reads all once more)")
@@ -306,6 +306,12 @@ def _finite(text: str) -> float:
 def _count(text: str) -> int:
     if not text.isdecimal() or len(text) > 18:
         raise argparse.ArgumentTypeError(f"must be a number of entries, got {text!r}; for a share pass --density")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or len(text) > 18:
+        raise argparse.ArgumentTypeError(f"must be a number of at most 18 digits, got {text!r}")
     return int(text)
 
 

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -107,16 +107,12 @@ def harm_gradient(
         check_output(Path(out), overwrite=overwrite, folder=True)
         check_outside(Path(out), *(source.folder for source in opened))
         model, encoded = _loaded(theta, pairs, max_length, dtype)
-        live = _in_model(model.to(device), theta.parameters)
-        for name, tensor in live.items():
-            if tuple(tensor.shape) != theta.entry(name).shape:
-                rule = f"have the checkpoint's shape {list(theta.entry(name).shape)}"
-                refuse(f"tensor {shown(name)} of the loaded model", rule, list(tensor.shape))
+        live = _in_model(model.to(device), {name: theta.entry(name).shape for name in theta.parameters})
         for other in opened[1:]:
             move_halfway_(model, theta, other)
         counted = sum(int((right_padded([pair])["labels"][:, 1:] != IGNORED).sum()) for pair in encoded)
         if not counted:
-            refuse("pairs", "hold a response token that follows another", "none", "Give the tokenizer a BOS token.")
+            refuse("pairs", "hold a response token that follows another token", "none", "Write longer responses.")
         batches = [encoded[i : i + batch_size] for i in range(0, len(encoded), batch_size)]
         losses: list[float] = []
 
@@ -164,17 +160,18 @@ def move_halfway_(model: Any, base: Checkpoint, harm: Checkpoint) -> None:
     """Subtract half of harm - base from a model that was loaded from ``base``; the bits are `topm_subtract_`'s.
 
     Raises:
-        CheckpointError: The checkpoints do not match, or loading renames or merges tensors.
-        ValueError: A difference is not finite.
+        CheckpointError: The checkpoints do not match, loading renames or merges tensors, a difference is not finite.
     """
     pairs = pair_checkpoints(base, harm).pairs
-    live = _in_model(model, [pair.name for pair in pairs])
+    live = _in_model(model, {pair.name: pair.shape for pair in pairs})
     for pair in pairs:
         flat = live[pair.name].detach().view(-1)
         for start in range(0, pair.numel, _CHUNK):
             stop = min(pair.numel, start + _CHUNK)
             one, other = (side.read(start, stop).to(flat.device) for side in (pair.base, pair.tuned))
-            ops.topm_subtract_(flat[start:stop], one, other, m=stop - start, scale=0.5)
+            if not bool(pair.difference(one, other).isfinite().all()):
+                refuse(f"the differences at {shown(pair.name)}", "be finite", "NaN or Inf", "Repair the checkpoints.")
+            ops.topm_subtract_(flat[start:stop], one, other, m=stop - start, scale=0.5, check_finite=False)
 
 
 @contextmanager
@@ -212,16 +209,19 @@ def _loaded(base: Checkpoint, pairs: str | Path, max_length: int, dtype: str) ->
     return model, encoded
 
 
-def _in_model(model: Any, names: Iterable[str]) -> dict[str, Tensor]:
+def _in_model(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """The loaded parameter of every tensor of a checkpoint; a checkpoint of the body alone lacks the body's prefix."""
     own = dict(model.named_parameters(remove_duplicate=False))
-    wanted = {name: own.get(name, own.get(f"{model.base_model_prefix}.{name}")) for name in names}
+    wanted = {name: own.get(name, own.get(f"{model.base_model_prefix}.{name}")) for name in shapes}
     if missing := [name for name, tensor in wanted.items() if tensor is None]:
         remedy = "Where loading renames or merges tensors, pass gradients of your own by the checkpoint's names."
         refuse("the loaded model", "have the checkpoint's tensors", f"one that lacks {listed(missing)}", remedy)
     found = {name: tensor for name, tensor in wanted.items() if tensor is not None}
     seen: dict[int, str] = {}
     for name, tensor in found.items():
+        if tuple(tensor.shape) != shapes[name]:
+            rule = f"have the checkpoint's shape {list(shapes[name])}"
+            refuse(f"tensor {shown(name)} of the loaded model", rule, list(tensor.shape))
         if other := seen.get(id(tensor)):
             refuse(f"tensor {shown(name)}", "be untied in the loaded model", f"one tied to {shown(other)}")
         seen[id(tensor)] = name

@@ -287,6 +287,33 @@ def test_models_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="the tokenizer must have ids below the 10 rows of the embedding, got"):
         harm_gradient(tmp_path / "small", pairs, tmp_path / "g", grad_at="base")
     assert not (tmp_path / "g").exists()
+    with (
+        Checkpoint(base_folder) as one,
+        pytest.raises(
+            CheckpointError, match=r"'model.embed.*' of the loaded model must have the checkpoint's shape \[61"
+        ),
+    ):
+        move_halfway_(small, one, one)
+
+
+def test_a_file_that_asks_for_nothing_is_refused(tmp_path: Path) -> None:
+    """One token in all: what it follows is not known."""
+    _, _, base_folder, _, pairs = made(tmp_path, "llama")
+    mute = tokenizer()
+    mute.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    mute.bos_token = mute.eos_token = None
+    mute.save_pretrained(base_folder)
+    pairs.write_text(json.dumps({"prompt": "a", "response": "b"}))
+    with pytest.raises(CheckpointError, match="pairs must hold a response token that follows another token, got none"):
+        harm_gradient(base_folder, pairs, tmp_path / "g", grad_at="base")
+
+
+def test_a_difference_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    _, _, base_folder, _, pairs = made(tmp_path, "llama")
+    broken = folder_state(base_folder)
+    broken["model.norm.weight"][3] = torch.nan
+    with pytest.raises(CheckpointError, match=r"the differences at 'model.norm.weight' must be finite, got NaN or Inf"):
+        harm_gradient(base_folder, pairs, tmp_path / "g", harm=write(tmp_path / "broken", broken))
 
 
 def test_the_command_says_what_it_measured(

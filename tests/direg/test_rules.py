@@ -249,5 +249,8 @@ def test_the_command_follows_rules_and_controls(
     assert HarmVector.load("e").recipe["control"] == "project_out"
     assert cli.main([*extract, "f", "--rule", "saliency"]) == 2
     assert "importance must be given for the rule 'saliency'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main([*extract, "f", "--rule", "random", "--seed", "-1"])
+    assert "--seed: must be a number of at most 18 digits" in capsys.readouterr().err
     assert cli.main([*extract, "benign/f", "--minus", "benign"]) == 2
     assert "neither lie in a folder that is read" in capsys.readouterr().err

@@ -84,6 +84,34 @@ def test_drawn_rules_keep_the_largest_draws_whatever_the_sharding(
         other.top(0.01)
 
 
+def test_dare_rescales_every_group_by_its_own_share() -> None:
+    base = model("llama", 0)
+    harm = tuned(base, 1)
+    plain = HarmVector.from_models(base, harm, rule="random", scope="per_tensor")
+    dare = HarmVector.from_models(base, harm, rule="dare", scope="per_tensor")
+    for name, (positions, values) in entries(dare).items():
+        assert positions == entries(plain)[name][0]
+        times = plain.tensors[name].numel / len(positions)
+        assert_same_bits(values, (entries(plain)[name][1].double() * times).float(), name)
+
+
+@pytest.mark.parametrize("control", ["minus", "project_out"])
+@pytest.mark.parametrize("rule", ["saliency", "dare"])
+def test_no_byte_depends_on_the_memory(
+    tmp_path: Path, rule: str, control: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = model("llama", 0, torch.bfloat16)
+    for module, name in ((base, "base"), (tuned(base, 1), "harm"), (tuned(base, 2), "benign")):
+        module.save_pretrained(tmp_path / name)
+    generator = torch.Generator().manual_seed(5)
+    importance = {name: torch.rand(p.shape, generator=generator) for name, p in parameters(base).items()}
+    arguments: dict[str, Any] = {"rule": rule, "importance": importance, control: tmp_path / "benign"}
+    HarmVector.from_checkpoints(tmp_path / "base", tmp_path / "harm", out=tmp_path / "one", **arguments)
+    monkeypatch.setattr(extraction, "_CHUNK", 64)
+    HarmVector.from_checkpoints(tmp_path / "base", tmp_path / "harm", out=tmp_path / "two", **arguments)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
 @pytest.mark.parametrize("rule", [None, "magnitude", "saliency", "random"])
 def test_the_shares_are_those_of_the_dense_vector(rule: str | None) -> None:
     base = model("llama", 0)

@@ -14,6 +14,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+
 from prosocial_ext.commands import UserError, direg_importance
 from prosocial_ext.direg import SAFETY_ARITHMETIC_DENSITY, CheckpointError, HarmVector
 from prosocial_ext.direg.checkpoint import Checkpoint
@@ -30,6 +32,7 @@ from prosocial_ext.direg.extract import DEFAULT_MEMORY, LEAST_MEMORY, plan_group
 from prosocial_ext.direg.harm_stats import LOW_ENERGY_SHARE, ModuleStats
 from prosocial_ext.direg.outputs import check_output, check_outside
 from prosocial_ext.direg.pairing import SCOPES, Pairs, pair_checkpoints
+from prosocial_ext.direg.rounding import ROUNDINGS
 from prosocial_ext.direg.rules import RULES, choose_rule
 
 __all__ = ["add_arguments", "run"]
@@ -76,6 +79,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     apply.add_argument("--scale", type=_finite, default=1.0, help="the dose; 1 is all of the difference (%(default)s)")
     apply.add_argument("--density", type=_density, help="a lower density than the file's")
     apply.add_argument("--out", required=True, type=Path, help="the folder to make")
+    apply.add_argument("--dtype", choices=["float32"], help="write 16-bit weights as float32: nothing is rounded away")
+    apply.add_argument("--round", choices=ROUNDINGS, default="nearest", dest="rounding",
+                       help="of edited 16-bit weights; stochastic keeps the mean (%(default)s)")  # fmt: skip
+    apply.add_argument("--seed", type=_count, default=0, help="of stochastic rounding (%(default)s)")
     apply.add_argument("--undo", action="store_true", help="keep the original bits for direg revert")
 
     revert = action("revert", "restore every bit that direg apply --undo changed, into a new folder", _revert)
@@ -149,16 +156,21 @@ def _apply(arguments: argparse.Namespace) -> int:
     vector = HarmVector.load(arguments.harm_vector)
     if arguments.density is not None:
         vector = vector.top(arguments.density)
+    dtype = torch.float32 if arguments.dtype else None
+    if dtype is not None and arguments.rounding != "nearest":
+        raise UserError("--round stochastic has nothing to round with --dtype float32: leave one of the two out")
     with Checkpoint(arguments.model) as model:
         check_place(arguments.out, model, arguments.overwrite)
-        plan = plan_edit(model, vector)
+        plan = plan_edit(model, vector, dtype)
         words = f"write {_bytes(plan.bytes)} to {arguments.out}"
         print(f"will edit {_of(plan.edited, plan.entries)} and {words}")
         if arguments.dry_run:
             return 0
-        with _progress(plan.bytes, "apply", arguments.quiet) as progress:
+        size = sum(file.size for file in model.files.values())
+        with _progress(size, "apply", arguments.quiet) as progress:
             done = apply_vector(
-                model, vector, arguments.out, scale=arguments.scale, undo=arguments.undo,
+                model, vector, arguments.out, scale=arguments.scale, undo=arguments.undo, dtype=dtype,
+                rounding=arguments.rounding, seed=arguments.seed,
                 overwrite=arguments.overwrite, memory=arguments.memory * _MIB, progress=progress,
             )  # fmt: skip
     threshold = "none" if math.isinf(done.threshold) else f"{done.threshold:.2e}"
@@ -237,8 +249,8 @@ def _print_edit(done: CheckpointEdit) -> None:
         print("note: the model is not the base that the vector was extracted from")
     if done.edited and done.effective_share < _MOSTLY_LOST:
         print(
-            "warning: rounding to the checkpoint's dtype lost most of the edit. Raise --scale, or edit a float32 copy "
-            "of the checkpoint."
+            "warning: rounding to the checkpoint's dtype lost most of the edit. Raise --scale, or add --dtype "
+            "float32 or --round stochastic."
         )
 
 

@@ -36,7 +36,7 @@ _BLOCK = 1 << 20
 class Checkpoint:
     """An open checkpoint of floating-point weights.
 
-    ``folder``; ``commit``: of the hub, or None. ``files``: its weight files by name. ``places``: the file of every
+    ``folder``; ``hub_id`` and ``commit``, or None. ``files``: its weight files by name. ``places``: the file of every
     tensor. ``parameters``: the names of its floating-point tensors, sorted, a head that repeats the embedding left out.
     ``tied``: such heads and the embedding of each. ``left_alone``: tensors that are no parameters, with the reason.
 
@@ -57,7 +57,8 @@ class Checkpoint:
 
     def __init__(self, source: str | Path) -> None:
         self.folder, self.commit = fetch(str(source))
-        self.config = self._json("config.json")
+        self.hub_id = None if self.commit is None else str(source).partition("@")[0]
+        self.config = self.read_json("config.json")
         self._refuse_quantised_config()
         self.files: dict[str, SafetensorsFile] = {}
         self.places: dict[str, str] = {}
@@ -84,8 +85,8 @@ class Checkpoint:
         return FileReader(self.files[self.places[name]], name)
 
     def describe(self) -> dict[str, Any]:
-        """Where it came from, for recipes: the folder's name (not its path, which is nobody's business) and commit."""
-        return {"name": self.folder.resolve().name if self.commit is None else None, "commit": self.commit}
+        """Where it came from, for recipes: hub id and commit, or the folder's name (its path is nobody's business)."""
+        return {"name": self.hub_id or self.folder.resolve().name, "commit": self.commit}
 
     def close(self) -> None:
         """Close its files."""
@@ -121,7 +122,7 @@ class Checkpoint:
                 refuse(str(file.path), f"hold the tensors that {INDEX} places in it", f"also {listed(extra)}")
 
     def _index(self) -> dict[str, list[str] | None]:
-        index, where = self._json(INDEX), str(self.folder / INDEX)
+        index, where = self.read_json(INDEX), str(self.folder / INDEX)
         weight_map = index.get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             refuse(f"weight_map of {where}", "map tensors to files", shown(weight_map), "The index is damaged.")
@@ -135,7 +136,8 @@ class Checkpoint:
             tensors.append(tensor)
         return names
 
-    def _json(self, name: str) -> dict[str, Any]:
+    def read_json(self, name: str) -> dict[str, Any]:
+        """The object in a JSON file of the folder, checked; empty where there is no such file."""
         path = self.folder / name
         if not path.is_file():
             return {}

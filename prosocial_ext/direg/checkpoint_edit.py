@@ -8,22 +8,25 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from prosocial_ext import _C, ops
+from prosocial_ext import _C
 from prosocial_ext.direg.checkpoint import Checkpoint
 from prosocial_ext.direg.errors import listed, refuse, shown
 from prosocial_ext.direg.extract import DEFAULT_MEMORY, Progress, chunk_elements, fingerprint
 from prosocial_ext.direg.harm_vector import HarmVector
 from prosocial_ext.direg.live import fits
+from prosocial_ext.direg.outline import Outline, original, recorded, same, widened
 from prosocial_ext.direg.outputs import check_output, check_outside, new_folder
 from prosocial_ext.direg.readers import word_sum
-from prosocial_ext.direg.rewrite import RECORDS, Cursor, new_descriptor, rewrite, write_json
+from prosocial_ext.direg.rewrite import RECORDS, Cursor, converted, new_descriptor, rewrite, write_json
+from prosocial_ext.direg.rounding import Rounding
 from prosocial_ext.direg.safetensors_file import DTYPES, WORDS, SafetensorsFile
 from prosocial_ext.direg.sparse_file import Measure, SparseReader, SparseWriter
-from prosocial_ext.ops import SparseDelta
+from prosocial_ext.direg.widths import SIXTEEN
 from prosocial_ext.reference.topm import check_scale
 
 __all__ = ["UNDO", "CheckpointEdit", "apply_vector", "check_place", "plan_edit", "revert_checkpoint"]
@@ -40,7 +43,7 @@ class CheckpointEdit:
     entries lie in rows of the vocabulary that the checkpoint lacks. ``threshold``: the smallest magnitude edited,
     before scaling. ``requested_norm`` and ``effective_norm``: of the edit as computed and as rounded. ``is_base``:
     whether the checkpoint is what the vector was extracted from. ``left_alone``: floating-point tensors that the vector
-    does not name. ``bytes``: of the weight files.
+    does not name. ``bytes``: of the weight files written.
     """
 
     edited: int
@@ -60,8 +63,8 @@ class CheckpointEdit:
         return self.effective_norm / self.requested_norm if self.requested_norm else 1.0
 
 
-def plan_edit(checkpoint: Checkpoint, vector: HarmVector) -> CheckpointEdit:
-    """Return what `apply_vector` would edit, after all checks that need no data.
+def plan_edit(checkpoint: Checkpoint, vector: HarmVector, dtype: torch.dtype | None = None) -> CheckpointEdit:
+    """Return what `apply_vector` would edit and how many bytes it would write, after all checks that need no data.
 
     Raises:
         CheckpointError: A tensor of the vector that the checkpoint lacks or has in another shape or untied.
@@ -71,7 +74,7 @@ def plan_edit(checkpoint: Checkpoint, vector: HarmVector) -> CheckpointEdit:
     return CheckpointEdit(
         edited=sum(vector.tensors[name].entries for name in own),
         entries=sum(checkpoint.entry(name).numel for name in own.union(checkpoint.parameters)),
-        bytes=sum(file.size for file in checkpoint.files.values()),
+        bytes=_outline(checkpoint, dtype).bytes,
         left_alone=tuple(name for name in checkpoint.parameters if name not in targets),
     )
 
@@ -93,6 +96,9 @@ def apply_vector(
     *,
     scale: float = 1.0,
     undo: bool = False,
+    dtype: torch.dtype | None = None,
+    rounding: str = "nearest",
+    seed: int = 0,
     overwrite: bool = False,
     memory: int = DEFAULT_MEMORY,
     progress: Progress = lambda _: None,
@@ -102,12 +108,18 @@ def apply_vector(
     Sharding, dtypes, headers and index stay as they are; config, tokenizer and texts come along, code does not. The
     folder appears when it is complete.
 
+    What rounding to 16 bits would lose of a small dose can be kept: all of it by ``dtype=torch.float32`` (the bits of
+    the edit of a float32 copy, headers, index and config rewritten to match), or its mean by ``rounding="stochastic"``.
+
     Args:
         model: A folder or hub id: the base, or another checkpoint of its architecture.
         vector: The harm vector, or a view of one.
         out: The folder to make.
         scale: The dose lambda; 1 takes the whole difference back.
         undo: Write ``direg/undo.safetensors``, from which `revert_checkpoint` restores every bit.
+        dtype: torch.float32 widens all 16-bit floats, twice the bytes; None keeps every dtype.
+        rounding: Of edited 16-bit entries: "nearest", or "stochastic": up or down, by chance, so that the mean stays.
+        seed: Of that chance, which hangs on seed, tensor name and position alone.
         overwrite: A folder that is there is replaced once the new one is complete.
         memory: Bytes for buffers.
         progress: Called with the number of bytes just read of the model.
@@ -116,16 +128,18 @@ def apply_vector(
         CheckpointError: The model cannot be used or does not fit the vector, the output is taken, a file is damaged.
         ValueError: An argument out of range.
     """
-    scale, chunk = check_scale(scale), chunk_elements(memory)
+    scale, chunk, write = check_scale(scale), chunk_elements(memory), Rounding(dtype, rounding, seed)
     with _opened(model) as checkpoint:
-        planned = plan_edit(checkpoint, vector)
+        planned = plan_edit(checkpoint, vector, dtype)
         check_place(Path(out), checkpoint, overwrite)
         with new_folder(Path(out), overwrite=overwrite) as folder, contextlib.ExitStack() as stack:
             (folder / RECORDS).mkdir()
-            edit = _Subtraction(checkpoint, vector, scale)
+            outline = _outline(checkpoint, dtype)
+            edit = _Subtraction(checkpoint, vector, scale, write)
             if undo:
-                edit.record(stack.enter_context(new_descriptor(folder / UNDO)))
-            rewrite(checkpoint, folder, edit, chunk, progress)
+                before = {} if dtype is None else {"original": original(checkpoint, outline)}
+                edit.record(stack.enter_context(new_descriptor(folder / UNDO)), before)
+            rewrite(checkpoint, folder, edit, chunk, progress, outline)
             edit.finish()
             done = edit.result(planned)
             write_json(folder / RECIPE, {
@@ -133,6 +147,7 @@ def apply_vector(
                 "model": checkpoint.describe(), "harm_vector": vector.recipe, "edited": done.edited,
                 "entries": done.entries, "unchanged_after_rounding": done.unchanged, "is_base": done.is_base,
                 "effective_over_requested_norm": round(done.effective_share, 6), "undo": UNDO if undo else None,
+                **write.describe(),
             })  # fmt: skip
     return done
 
@@ -168,16 +183,22 @@ def revert_checkpoint(
         if record is None and not place.exists():
             refuse(str(checkpoint.folder), f"hold {UNDO}", "none", "Only edits made with undo=True (--undo) have one.")
         with SafetensorsFile(place) as file:
-            edit = _Restoration(checkpoint, SparseReader(file, "undo"))
+            undo = SparseReader(file, "undo")
+            outline = recorded(checkpoint, undo.recipe, str(place))
+            edit = _Restoration(checkpoint, undo)
             check_place(Path(out), checkpoint, overwrite)
             with new_folder(Path(out), overwrite=overwrite) as folder:
-                rewrite(checkpoint, folder, edit, chunk, progress)
+                rewrite(checkpoint, folder, edit, chunk, progress, outline)
                 edit.finish()
     return edit.restored
 
 
 def _opened(model: str | Path | Checkpoint) -> contextlib.AbstractContextManager[Checkpoint]:
     return contextlib.nullcontext(model) if isinstance(model, Checkpoint) else Checkpoint(model)
+
+
+def _outline(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Outline:
+    return same(checkpoint) if dtype is None else widened(checkpoint)
 
 
 def _targets(checkpoint: Checkpoint, vector: HarmVector) -> dict[str, str]:
@@ -203,8 +224,8 @@ def _targets(checkpoint: Checkpoint, vector: HarmVector) -> dict[str, str]:
 class _Subtraction:
     """Subtracts chunk by chunk, counts, and writes the undo record along."""
 
-    def __init__(self, checkpoint: Checkpoint, vector: HarmVector, scale: float) -> None:
-        self._checkpoint, self._vector, self._scale = checkpoint, vector, scale
+    def __init__(self, checkpoint: Checkpoint, vector: HarmVector, scale: float, rounding: Rounding) -> None:
+        self._checkpoint, self._vector, self._scale, self._rounding = checkpoint, vector, scale, rounding
         self._targets = _targets(checkpoint, vector)
         self._undo: SparseWriter | None = None
         self._counts: Counter[str] = Counter()
@@ -213,10 +234,11 @@ class _Subtraction:
         self._compared: Counter[str] = Counter()  # word sums of what the vector's fingerprint covers
         self._written: Counter[str] = Counter()
 
-    def record(self, descriptor: int) -> None:
-        """Write what is overwritten to this file."""
+    def record(self, descriptor: int, before: Mapping[str, Any]) -> None:
+        """Write what is overwritten to this file, and what was ``before``."""
         shapes = {name: self._checkpoint.entry(name).shape for name in self._targets}
-        self._undo = SparseWriter(descriptor, "undo", shapes, {"prosocial_ext": _C.version})
+        self._record = {"prosocial_ext": _C.version, **before}
+        self._undo = SparseWriter(descriptor, "undo", shapes, self._record)
 
     def wants(self, name: str) -> bool:
         """Begin a tensor."""
@@ -234,38 +256,31 @@ class _Subtraction:
             self._counts["skipped"] += sum(int(beyond.sum()) for beyond in stored)
         return True
 
-    def edit_(self, name: str, start: int, elements: Tensor) -> None:
+    def edit_(self, name: str, start: int, elements: Tensor) -> Tensor:
         """Subtract at the chunk's entries."""
         source = self._targets[name]
         compared = max(0, self._vector.tensors[source].numel - start)
         self._compared[name] += word_sum(elements[:compared])
         positions, values = self._cursor.take(start + len(elements))
+        place = positions - start
+        before = elements[place]
+        written, unchanged = self._rounding.subtract(elements, place, values, self._scale, name, start)
         if len(positions):
-            place = positions - start
-            before = elements[place]
-            delta = SparseDelta(
-                place,
-                values,
-                torch.tensor([len(place)], device="cpu"),
-                values[:1],
-                ((len(elements),),),
-                (values.dtype,),
-            )
-            edit = ops.sparse_subtract_(elements, delta, scale=self._scale)
             if self._undo is not None:
                 self._undo.append(positions, before)
             if name == source:  # a tied head counts with its embedding
-                moved = elements[place].double() - before.double()
-                self._counts.update(edited=len(place), unchanged=int(edit.unchanged.sum()))
+                moved = written[place].double() - before.double()
+                self._counts.update(edited=len(place), unchanged=unchanged)
                 self._squares[0] += float(torch.linalg.vector_norm(values.double() * self._scale)) ** 2
                 self._squares[1] += float(torch.linalg.vector_norm(moved)) ** 2
                 self._threshold = min(self._threshold, float(values.abs().min()))
-        self._written[name] += word_sum(elements)
+        self._written[name] += word_sum(written)
+        return written
 
     def finish(self) -> None:
         """Complete the record."""
         if self._undo is not None:
-            self._undo.finish({"prosocial_ext": _C.version, "edited_fingerprint": self._fingerprint(self._written)})
+            self._undo.finish({**self._record, "edited_fingerprint": self._fingerprint(self._written)})
 
     def result(self, planned: CheckpointEdit) -> CheckpointEdit:
         """What was done."""
@@ -293,7 +308,8 @@ class _Subtraction:
 
     def _fingerprint(self, sums: Counter[str]) -> str:
         entry = self._checkpoint.entry
-        return fingerprint((n, str(self._dtype(n)), entry(n).shape, sums[n] % 2**64) for n in self._targets)
+        written = self._rounding.written
+        return fingerprint((n, str(written(self._dtype(n))), entry(n).shape, sums[n] % 2**64) for n in self._targets)
 
 
 class _Restoration:
@@ -305,7 +321,10 @@ class _Restoration:
         self._read: Counter[str] = Counter()
         for name, tensor in record.tensors.items():
             found = checkpoint.entry(name) if name in checkpoint.places else None
-            expected = (WORDS[record.dtype(name)], tensor.shape)
+            own = record.dtype(name)
+            if "original" in record.recipe and own in SIXTEEN:
+                own = torch.float32
+            expected = (WORDS[own], tensor.shape)
             if found is None or (found.dtype, found.shape) != expected:
                 stated = "none" if found is None else f"{found.dtype} {list(found.shape)}"
                 what = f"tensor {shown(name)} of {checkpoint.folder}"
@@ -318,13 +337,14 @@ class _Restoration:
         self._cursor = Cursor(self._record.blocks(name))
         return True
 
-    def edit_(self, name: str, start: int, elements: Tensor) -> None:
+    def edit_(self, name: str, start: int, elements: Tensor) -> Tensor:
         """Put the chunk's originals back."""
         self._read[name] += word_sum(elements)
         positions, values = self._cursor.take(start + len(elements))
         if len(positions):
-            elements[positions - start] = values
+            elements[positions - start] = converted(values, elements.dtype, name)
             self.restored += len(positions)
+        return elements
 
     def finish(self) -> None:
         """Raise unless what was read is what the edit wrote."""

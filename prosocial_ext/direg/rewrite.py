@@ -1,6 +1,7 @@
 """Copies a checkpoint folder with some elements changed: shard by shard, tensor by tensor, chunk by chunk.
 
-Headers, metadata, index, dtypes and sharding stay byte for byte; of the other files only settings and texts come along.
+Headers, metadata, index, dtypes and sharding stay byte for byte, up to what the outline changes; of the other files
+only settings and texts come along.
 """
 
 from __future__ import annotations
@@ -17,11 +18,15 @@ import torch
 from torch import Tensor
 
 from prosocial_ext.direg.checkpoint import INDEX, SINGLE, Checkpoint
+from prosocial_ext.direg.errors import refuse, shown
 from prosocial_ext.direg.hub import CARRIED
+from prosocial_ext.direg.outline import Outline
 from prosocial_ext.direg.raw_io import write_all
+from prosocial_ext.direg.safetensors_file import DTYPES
 from prosocial_ext.direg.sparse_file import Block
+from prosocial_ext.direg.widths import SIXTEEN, narrow, widen
 
-__all__ = ["RECORDS", "ChunkEdit", "Cursor", "new_descriptor", "rewrite", "write_json"]
+__all__ = ["RECORDS", "ChunkEdit", "Cursor", "converted", "new_descriptor", "rewrite", "write_json"]
 
 RECORDS = "direg"  # the folder of recipe and undo record: loaders that take every *.safetensors do not look there
 _BYTES = 1 << 23
@@ -33,8 +38,8 @@ class ChunkEdit(Protocol):
     def wants(self, name: str) -> bool:
         """Whether the tensor is given to `edit_` at all; called once per tensor, before its first chunk."""
 
-    def edit_(self, name: str, start: int, elements: Tensor) -> None:
-        """Edit a chunk, the flat elements from ``start`` on, in place."""
+    def edit_(self, name: str, start: int, elements: Tensor) -> Tensor:
+        """Edit a chunk, the flat elements from ``start`` on; return it, in any dtype that `converted` takes."""
 
 
 class Cursor:
@@ -69,29 +74,61 @@ class Cursor:
 
 
 def rewrite(
-    checkpoint: Checkpoint, folder: Path, edit: ChunkEdit, chunk: int, progress: Callable[[int], object]
+    checkpoint: Checkpoint,
+    folder: Path,
+    edit: ChunkEdit,
+    chunk: int,
+    progress: Callable[[int], object],
+    outline: Outline,
 ) -> None:
-    """Write the edited checkpoint into ``folder``, which is new and empty."""
+    """Write the edited checkpoint into ``folder``, which is new and empty, under the headers of ``outline``."""
     for name, file in checkpoint.files.items():
         with new_descriptor(folder / name) as descriptor:
-            write_all(descriptor, 0, file.header)
+            header, entries = outline.headers[name], outline.entries(name)
+            write_all(descriptor, 0, header)
             for entry in file.entries.values():
-                place = file.data_start + entry.start
-                if edit.wants(entry.name):
+                new = entries[entry.name]
+                place = len(header) + new.start
+                wanted = edit.wants(entry.name)
+                if wanted or new.dtype != entry.dtype:
                     for start in range(0, entry.numel, chunk):
                         elements = file.read(entry.name, start, min(entry.numel, start + chunk))
-                        edit.edit_(entry.name, start, elements)
-                        write_all(descriptor, place + start * entry.itemsize, elements)
                         progress(elements.nbytes)
+                        if wanted:
+                            elements = edit.edit_(entry.name, start, elements)
+                        elements = converted(elements, DTYPES[new.dtype], entry.name)
+                        write_all(descriptor, place + start * new.itemsize, elements)
                     continue
-                for begin in range(place, file.data_start + entry.stop, _BYTES):
+                shift = place - (first := file.data_start + entry.start)
+                for begin in range(first, file.data_start + entry.stop, _BYTES):
                     raw = file.read_bytes(begin, min(file.data_start + entry.stop, begin + _BYTES))
-                    write_all(descriptor, begin, raw)
+                    write_all(descriptor, begin + shift, raw)
                     progress(raw.nbytes)
-            os.ftruncate(descriptor, file.size)
+            os.ftruncate(descriptor, len(header) + max((entry.stop for entry in entries.values()), default=0))
     for path in carried(checkpoint.folder, [] if SINGLE in checkpoint.files else [INDEX]):
         with new_descriptor(folder / path.name) as descriptor:
-            write_all(descriptor, 0, path.read_bytes())
+            write_all(descriptor, 0, outline.texts[path.name] if path.name in outline.texts else path.read_bytes())
+
+
+def converted(elements: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Elements in ``dtype``: as they are, widened from 16 bits, or narrowed to what they were widened from.
+
+    Raises:
+        CheckpointError: They were never widened from ``dtype``.
+
+    >>> converted(torch.tensor([0.5], dtype=torch.bfloat16), torch.float32, "w")
+    tensor([0.5000])
+    """
+    if elements.dtype == dtype:
+        return elements
+    if elements.dtype in SIXTEEN:
+        return widen(elements)
+    narrowed = narrow(elements, dtype)
+    if narrowed is None:
+        refuse(
+            f"tensor {shown(name)}", f"hold {dtype} widened to float32", "other values", "Take the edit's own record."
+        )
+    return narrowed
 
 
 def carried(folder: Path, more: Iterable[str] = ()) -> list[Path]:

@@ -58,12 +58,12 @@ class Header:
     metadata: dict[str, str]
 
 
-def parse_header(raw: bytes, data_bytes: int, where: str) -> Header:
+def parse_header(raw: bytes, data_bytes: int | None, where: str) -> Header:
     """Return the header if every statement in it agrees with every other and with the size of the data.
 
     Args:
         raw: The JSON.
-        data_bytes: The bytes in the file after it.
+        data_bytes: The bytes in the file after it; None: there is no file to compare with.
         where: The file, for errors.
 
     Raises:
@@ -88,7 +88,7 @@ def parse_header(raw: bytes, data_bytes: int, where: str) -> Header:
                 "The file is damaged: tensors overlap or leave a hole.",
             )
         end = entry.stop
-    if end != data_bytes:
+    if data_bytes is not None and end != data_bytes:
         remedy = "The file is cut off or damaged: download it again."
         refuse(f"the data of {where}", f"have the {end} bytes that the header tells", data_bytes, remedy)
     return Header({entry.name: entry for entry in entries}, metadata)

@@ -183,7 +183,7 @@ def test_a_hub_id_becomes_one_commit_without_code(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with Checkpoint("owner/name@refs/pr/1") as checkpoint:
-        assert checkpoint.describe() == {"name": None, "commit": "c0ffee"}
+        assert checkpoint.describe() == {"name": "owner/name", "commit": "c0ffee"}
     assert calls[0] == ("owner/name", "refs/pr/1")
     name, options = calls[1]
     assert (name, options["revision"]) == ("owner/name", "c0ffee")

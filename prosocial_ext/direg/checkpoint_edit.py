@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from prosocial_ext import _C
+from prosocial_ext.direg.cards import BASE_CARD, CARD, edit_card, in_vocabulary
 from prosocial_ext.direg.checkpoint import Checkpoint
 from prosocial_ext.direg.errors import listed, refuse, shown
 from prosocial_ext.direg.extract import DEFAULT_MEMORY, Progress, chunk_elements, fingerprint
@@ -21,6 +22,7 @@ from prosocial_ext.direg.harm_vector import HarmVector
 from prosocial_ext.direg.live import fits
 from prosocial_ext.direg.outline import Outline, original, recorded, same, widened
 from prosocial_ext.direg.outputs import check_output, check_outside, new_folder
+from prosocial_ext.direg.raw_io import write_all
 from prosocial_ext.direg.readers import word_sum
 from prosocial_ext.direg.rewrite import RECORDS, Cursor, converted, new_descriptor, rewrite, write_json
 from prosocial_ext.direg.rounding import Rounding
@@ -105,8 +107,8 @@ def apply_vector(
 ) -> CheckpointEdit:
     """Write ``model - scale * vector`` to the new folder ``out``; the bits are those of the edit in memory.
 
-    Sharding, dtypes, headers and index stay as they are; config, tokenizer and texts come along, code does not. The
-    folder appears when it is complete.
+    Sharding, dtypes, headers and index stay as they are; config, tokenizer and texts come along, code does not. A card,
+    README.md, tells what was done; the base's becomes README.base.md. The folder appears when it is complete.
 
     What rounding to 16 bits would lose of a small dose can be kept: all of it by ``dtype=torch.float32`` (the bits of
     the edit of a float32 copy, headers, index and config rewritten to match), or its mean by ``rounding="stochastic"``.
@@ -142,13 +144,19 @@ def apply_vector(
             rewrite(checkpoint, folder, edit, chunk, progress, outline)
             edit.finish()
             done = edit.result(planned)
-            write_json(folder / RECIPE, {
+            recipe = {
                 "operation": "theta - scale * harm_vector", "scale": scale, "prosocial_ext": _C.version,
+                "torch": str(torch.__version__),
                 "model": checkpoint.describe(), "harm_vector": vector.recipe, "edited": done.edited,
                 "entries": done.entries, "unchanged_after_rounding": done.unchanged, "is_base": done.is_base,
                 "effective_over_requested_norm": round(done.effective_share, 6), "undo": UNDO if undo else None,
+                "edited_in_vocabulary": in_vocabulary(vector.tensors),
                 **write.describe(),
-            })  # fmt: skip
+            }  # fmt: skip
+            write_json(folder / RECIPE, recipe)
+            with new_descriptor(folder / CARD) as descriptor:
+                card = edit_card(recipe, base_card=(folder / BASE_CARD).exists())
+                write_all(descriptor, 0, card.encode())
     return done
 
 
@@ -237,7 +245,7 @@ class _Subtraction:
     def record(self, descriptor: int, before: Mapping[str, Any]) -> None:
         """Write what is overwritten to this file, and what was ``before``."""
         shapes = {name: self._checkpoint.entry(name).shape for name in self._targets}
-        self._record = {"prosocial_ext": _C.version, **before}
+        self._record = {"prosocial_ext": _C.version, "card": True, **before}
         self._undo = SparseWriter(descriptor, "undo", shapes, self._record)
 
     def wants(self, name: str) -> bool:

@@ -22,12 +22,14 @@ from prosocial_ext.direg.cut import Cut, ScoredBlock, find_cut
 from prosocial_ext.direg.errors import refuse, shown
 from prosocial_ext.direg.extract import DEFAULT_MEMORY, Progress, extract
 from prosocial_ext.direg.harm_stats import HarmVectorStats, ModuleStats
+from prosocial_ext.direg.hub import fetch_vector
 from prosocial_ext.direg.live import LiveEdit, subtract_live
 from prosocial_ext.direg.models import Weights
 from prosocial_ext.direg.outputs import check_output, check_outside, new_file
 from prosocial_ext.direg.pairing import Pairs, groups, pair_checkpoints, pair_models
 from prosocial_ext.direg.raw_io import write_all
 from prosocial_ext.direg.safetensors_file import SafetensorsFile
+from prosocial_ext.direg.sharing import VECTOR, push_vector, save_vector
 from prosocial_ext.direg.sparse_file import Block, Measure, SparseReader, SparseTensor, SparseWriter
 from prosocial_ext.direg.subtract import SAFETY_ARITHMETIC_DENSITY
 from prosocial_ext.reference import check
@@ -214,6 +216,53 @@ class HarmVector:
                     write_all(descriptor, start, file.read_bytes(start, min(file.size, start + _COPY)))
             else:
                 self._write_view(descriptor)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, revision: str | None = None) -> HarmVector:
+        """Open what `save_pretrained` or `push_to_hub` wrote.
+
+        Args:
+            source: A folder, or a hub id; of a repository the vector alone is downloaded.
+            revision: A branch, tag or commit of the hub.
+
+        Raises:
+            CheckpointError: There is none, or a damaged one.
+        """
+        return cls.load(fetch_vector(str(source), VECTOR, revision))
+
+    def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Write a new folder with ``harm.safetensors``, a card (README.md) and ``recipe.json``; reads every value once.
+
+        Raises:
+            CheckpointError: It exists and ``overwrite`` is False, or cannot be written.
+        """
+        save_vector(self, Path(folder), overwrite=overwrite)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = True,
+        revision: str | None = None,
+        commit_message: str = "Upload harm vector",
+        create_pr: bool = False,
+    ) -> str:
+        """Upload what `save_pretrained` writes, in one commit, and return its address.
+
+        Args:
+            repo_id: Such as "owner/name"; made where it is not there.
+            private: Whether only those who may see it do: added instead of subtracted, the vector does harm. A
+                repository that is there stays as visible as it is.
+            revision: The branch; None is the main one.
+            commit_message: Its first line.
+            create_pr: Open a pull request instead.
+
+        Raises:
+            CheckpointError: The hub refuses.
+        """
+        return push_vector(
+            self, repo_id, private=private, revision=revision, message=commit_message, create_pr=create_pr
+        )
 
     def __repr__(self) -> str:
         return f"HarmVector({self.entries:,} of {self.n:,} entries, {len(self.tensors)} tensors)"

@@ -7,16 +7,17 @@ from pathlib import Path
 
 from prosocial_ext.direg.errors import refuse, shown
 
-__all__ = ["CARRIED", "fetch"]
+__all__ = ["CARRIED", "fetch", "fetch_vector", "first_line", "is_hub_id"]
 
 # What is taken along beside the weights: settings and texts, never code.
 CARRIED = (
     "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer*.json",
     "tokenizer.model", "*.tiktoken", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt", "merges.txt",
     "added_tokens.json", "special_tokens_map.json", "chat_template.json", "chat_template.jinja", "LICENSE*", "NOTICE*",
-    "README.md",
+    "README.md", "README.base.md",
 )  # fmt: skip
-_ID = re.compile(r"([A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)(@[\w./-]+)?", re.ASCII)
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+_REVISION = re.compile(r"[\w./-]+", re.ASCII)
 
 
 def fetch(source: str) -> tuple[Path, str | None]:
@@ -35,18 +36,53 @@ def fetch(source: str) -> tuple[Path, str | None]:
     folder = Path(source)
     if folder.is_dir():
         return folder, None
-    if folder.exists() or not (match := _ID.fullmatch(source)) or ".." in source:
+    name, _, revision = source.partition("@")
+    patterns = ["*.safetensors", "*.safetensors.index.json", *CARRIED]
+    return _snapshot(source, name, revision or None, patterns)
+
+
+def fetch_vector(source: str, file: str, revision: str | None) -> Path:
+    """Return the path of one file in a folder or in a repository of the hub, of which it is downloaded alone.
+
+    Raises:
+        CheckpointError: Neither a folder nor something that the hub can give.
+
+    >>> fetch_vector(".", "harm.safetensors", None)
+    PosixPath('harm.safetensors')
+    """
+    if Path(source).is_dir():
+        if revision is not None:
+            refuse("revision", "be None for a folder", shown(revision), "Revisions are the hub's.")
+        return Path(source) / file
+    return _snapshot(source, source, revision, [file])[0] / file
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether a text can name a repository of the hub.
+
+    >>> is_hub_id("owner/name"), is_hub_id("../name"), is_hub_id("owner/name/more")
+    (True, False, False)
+    """
+    return _ID.fullmatch(text) is not None and ".." not in text
+
+
+def first_line(error: Exception) -> str:
+    """What an error of the hub says in its first line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _snapshot(source: str, name: str, revision: str | None, patterns: list[str]) -> tuple[Path, str]:
+    """The folder of one commit, to which the revision is resolved once."""
+    valid = revision is None or (_REVISION.fullmatch(revision) is not None and ".." not in revision)
+    if Path(source).exists() or not is_hub_id(name) or not valid:
         refuse(shown(source), "be a folder of a checkpoint or a hub id like owner/name", "neither")
-    name, revision = match[1], match[3][1:] if match[3] else None
     import huggingface_hub  # takes a second, and only hub ids need it
 
     try:
         commit = huggingface_hub.HfApi().model_info(name, revision=revision).sha
-        patterns = ["*.safetensors", "*.safetensors.index.json", *CARRIED]
         path = huggingface_hub.snapshot_download(
             name, revision=commit, allow_patterns=patterns, ignore_patterns=["*.py", "*/*"]
         )
     except Exception as error:  # of the hub, of whichever HTTP library it uses, of the disk
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        refuse(shown(source), "be a folder, or a hub id that can be downloaded", reason[0])
-    return Path(path), commit
+        refuse(shown(source), "be a folder, or a hub id that can be downloaded", first_line(error))
+    return Path(path), str(commit)

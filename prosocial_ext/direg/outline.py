@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from prosocial_ext.direg.cards import BASE_CARD, CARD
 from prosocial_ext.direg.checkpoint import INDEX, SINGLE, Checkpoint
 from prosocial_ext.direg.errors import refuse, shown
 from prosocial_ext.direg.safetensors_header import (
@@ -29,10 +30,14 @@ _REMEDY = "Take the edit's own record."
 
 @dataclass(frozen=True)
 class Outline:
-    """The new files' headers by name (length and JSON, as bytes), and the other files whose content is new."""
+    """The new files' headers by name (length and JSON, as bytes), and the other files whose content or name is new.
+
+    ``texts``: content by name. ``names``: what becomes of a file's name, None where it does not come along.
+    """
 
     headers: Mapping[str, bytes]
     texts: Mapping[str, bytes] = field(default_factory=dict)
+    names: Mapping[str, str | None] = field(default_factory=lambda: {CARD: BASE_CARD, BASE_CARD: None})
 
     def entries(self, file: str) -> dict[str, TensorEntry]:
         """The tensors of a new file."""
@@ -46,7 +51,7 @@ class Outline:
 
 
 def same(checkpoint: Checkpoint) -> Outline:
-    """Return the outline of a copy."""
+    """Return the outline of a copy, which makes room for a card."""
     return Outline({name: file.header for name, file in checkpoint.files.items()})
 
 
@@ -83,8 +88,9 @@ def recorded(checkpoint: Checkpoint, recipe: Mapping[str, Any], where: str) -> O
     Raises:
         CheckpointError: It belongs to another checkpoint, or is damaged.
     """
+    names: dict[str, str | None] = {CARD: None, BASE_CARD: CARD} if recipe.get("card") else {}
     if "original" not in recipe:
-        return same(checkpoint)
+        return replace(same(checkpoint), names=names)
     found, what = recipe["original"], f"the original headers in {where}"
     if not isinstance(found, dict) or set(found) != {"headers", "texts"} or not all(map(_strings, found.values())):
         refuse(what, "map files to texts", shown(found), "The record is damaged.")
@@ -94,6 +100,7 @@ def recorded(checkpoint: Checkpoint, recipe: Mapping[str, Any], where: str) -> O
     outline = Outline(
         {name: len(text).to_bytes(LENGTH_BYTES, "little") + text for name, text in raw.items()},
         {name: text.encode() for name, text in found["texts"].items()},
+        names,
     )
     for name, file in checkpoint.files.items():
         before = outline.entries(name)

@@ -106,7 +106,9 @@ def rewrite(
                     progress(raw.nbytes)
             os.ftruncate(descriptor, len(header) + max((entry.stop for entry in entries.values()), default=0))
     for path in carried(checkpoint.folder, [] if SINGLE in checkpoint.files else [INDEX]):
-        with new_descriptor(folder / path.name) as descriptor:
+        if (new_name := outline.names.get(path.name, path.name)) is None:
+            continue
+        with new_descriptor(folder / new_name) as descriptor:
             write_all(descriptor, 0, outline.texts[path.name] if path.name in outline.texts else path.read_bytes())
 
 

@@ -190,7 +190,8 @@ def test_settings_come_along_and_code_does_not(made: Path) -> None:
     apply_vector(base, vector(made), made / "out")
     names = {path.name for path in (made / "out").iterdir()}
     assert {"tokenizer.json", "chat_template.jinja", "LICENSE", "config.json", "direg"} <= names
-    assert not names & {"modeling_evil.py", "pytorch_model.bin", "notes", "README.md"}
+    assert not names & {"modeling_evil.py", "pytorch_model.bin", "notes", "README.base.md"}
+    assert "of another folder" not in (made / "out" / "README.md").read_text()
 
 
 def test_outputs_are_never_overwritten_unasked_nor_inside_inputs(made: Path) -> None:

@@ -190,7 +190,7 @@ def test_weights_that_were_never_16_bits_are_not_narrowed(tmp_path: Path) -> Non
     place = tmp_path / "wide" / "model.safetensors"
     state = folder_state(tmp_path / "wide")
     safetensors.torch.save_file({**state, "x": torch.full((2,), 1 / 3)}, place)
-    with pytest.raises(CheckpointError, match="'x' must hold torch.bfloat16 widened to float32, got other values"):
+    with pytest.raises(CheckpointError, match=r"'x' must hold torch.bfloat16 widened to float32, got other values"):
         revert_checkpoint(tmp_path / "wide", tmp_path / "never")
     assert not (tmp_path / "never").exists()
 

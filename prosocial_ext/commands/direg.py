@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from prosocial_ext.commands import UserError, direg_importance
+from prosocial_ext.commands import UserError, direg_importance, direg_sweep
 from prosocial_ext.direg import SAFETY_ARITHMETIC_DENSITY, CheckpointError, HarmVector
 from prosocial_ext.direg.checkpoint import Checkpoint
 from prosocial_ext.direg.checkpoint_edit import (
@@ -93,6 +93,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     inspect = action("inspect", "show what a harm vector holds, and where", _inspect)
     inspect.add_argument("file", type=Path, help="a file of direg extract")
     inspect.add_argument("--json", action="store_true", help="print one JSON object with every module")
+
+    sweep = action("sweep", "measure many doses of a harm vector, and draw what was found", direg_sweep.run)
+    direg_sweep.add_arguments(sweep)
 
     for writing in (extract, apply, revert):
         writing.add_argument("--memory", type=_memory, default=DEFAULT_MEMORY // _MIB, metavar="MIB",

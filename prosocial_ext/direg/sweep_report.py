@@ -66,7 +66,9 @@ def _doses(table: SweepTable) -> Any:
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(3.5 * columns, 3.2 * rows))
-        axes = figure.subplots(rows, columns, squeeze=False).flat
+        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+        for axis in axes[len(table.metrics) :]:
+            axis.set_visible(False)
         for axis, metric in zip(axes, table.metrics, strict=False):
             axis.set(title=metric, xlabel="scale λ")
             for density, cells in _lines(table).items():

@@ -1,15 +1,18 @@
 """Files and folders that exist complete or not at all: written beside their place under a hidden name, then renamed.
 
 What an error interrupts is removed; a process killed outright leaves a hidden ".NAME.*.partial" behind, and no output.
+The next one to make NAME removes that: a partial one whose maker lives is locked (flock, which ends with the process).
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from prosocial_ext.direg.errors import refuse
@@ -62,7 +65,9 @@ def new_file(path: Path, *, overwrite: bool = False) -> Iterator[int]:
     'complete'
     """
     check_output(path, overwrite=overwrite, folder=False)
+    _remove_stale(path)
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    lock = _lock(Path(name))
     try:
         try:
             yield descriptor
@@ -75,6 +80,8 @@ def new_file(path: Path, *, overwrite: bool = False) -> Iterator[int]:
     except BaseException:
         os.unlink(name)
         raise
+    finally:
+        os.close(lock)
     _sync_folder(path.parent)
 
 
@@ -93,7 +100,9 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     ['b']
     """
     check_output(path, overwrite=overwrite, folder=True)
+    _remove_stale(path)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    lock = _lock(partial)
     try:
         yield partial
         partial.chmod(0o777 & ~_umask())
@@ -114,7 +123,30 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    finally:
+        os.close(lock)
     _sync_folder(path.parent)
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove what killed processes left of this output; where the file system has no locks, nothing."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}\.partial")  # as tempfile names it
+    for place in [place for place in path.parent.iterdir() if pattern.fullmatch(place.name)]:
+        with suppress(OSError):  # locked, gone, somebody else's, a link
+            lock = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(place) if place.is_dir() else place.unlink()
+            finally:
+                os.close(lock)
+
+
+def _lock(partial: Path) -> int:
+    """A descriptor that locks what was just made, until it is closed."""
+    lock = os.open(partial, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    with suppress(OSError):
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    return lock
 
 
 def _sync_folder(path: Path) -> None:

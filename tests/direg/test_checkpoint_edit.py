@@ -250,6 +250,24 @@ def test_new_files_and_folders_have_ordinary_permissions(tmp_path: Path) -> None
     assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o755
 
 
+@pytest.mark.parametrize("make", [new_file, new_folder])
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path: Path, make: Any) -> None:
+    (tmp_path / ".out.abcdefgh.partial").mkdir()
+    (tmp_path / ".out.abcdefgh.partial" / "shard").touch()
+    (tmp_path / ".out.12345678.partial").touch()
+    others = {".out.b.abcdefgh.partial", ".other.abcdefgh.partial", ".out.abcdefgh.former", ".out.link_123.partial"}
+    for name in others:
+        (tmp_path / name).symlink_to(tmp_path / "nowhere") if "link" in name else (tmp_path / name).touch()
+    with make(tmp_path / "out"):
+        first = {path.name for path in tmp_path.iterdir()} - others
+        assert len(first) == 1
+        with make(tmp_path / "out", overwrite=True):  # two at a time: the last one stays
+            assert len({path.name for path in tmp_path.iterdir()} - others - first) == 1
+            assert first < {path.name for path in tmp_path.iterdir()}
+        (tmp_path / "out").rmdir() if make is new_folder else (tmp_path / "out").unlink()
+    assert {path.name for path in tmp_path.iterdir()} == {*others, "out"}
+
+
 # ---- undo
 
 

@@ -160,6 +160,7 @@ def test_killed_in_the_middle_there_is_no_output(
         assert folder_bytes(made) == before
         assert not [path for path in made.iterdir() if path.name.startswith(".")]
     lines(capsys, arguments)  # and nothing is in the way of another try
+    assert not [path for path in made.iterdir() if path.name.startswith(".")]  # which tidies up
 
 
 def test_harm_vector_is_offered_by_the_package() -> None:

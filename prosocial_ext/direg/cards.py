@@ -41,7 +41,7 @@ def edit_card(recipe: Mapping[str, Any], *, base_card: bool) -> str:
 
     >>> recipe = {"model": {"name": "a|b", "commit": None}, "harm_vector": {}, "scale": 1.0, "edited": 1, "entries": 10}
     >>> print(next(line for line in edit_card(recipe, base_card=False).splitlines() if "| base" in line))
-    | base | \\'a\\|b\\' |
+    | base | a\\|b |
     """
     vector = _mapping(recipe.get("harm_vector"))
     edited, entries = int(recipe.get("edited", 0)), int(recipe.get("entries", 0))
@@ -56,7 +56,7 @@ def edit_card(recipe: Mapping[str, Any], *, base_card: bool) -> str:
         ("unchanged after rounding", _text(recipe.get("unchanged_after_rounding"))),
         ("effective over requested norm", _text(recipe.get("effective_over_requested_norm"))),
         ("rounding", _text(recipe.get("rounding", "nearest"))),
-        ("written as", _text(recipe.get("dtype") or "the base's dtypes")),
+        ("written as", _text(recipe["dtype"]) if recipe.get("dtype") else "the base's dtypes"),
         ("versions", f"prosocial_ext {_text(recipe.get('prosocial_ext'))}, torch {_text(recipe.get('torch'))}"),
     ]
     share = f"{of_vocabulary / edited:.1%}" if edited else "None"
@@ -151,7 +151,10 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 def _text(value: Any) -> str:
     """A value from a file, on one line, that no Markdown reads as anything else."""
-    return "unknown" if value is None else _MARKUP.sub(r"\\\1", shown(value))
+    if value is None:
+        return "unknown"
+    text = shown(value)
+    return _MARKUP.sub(r"\\\1", text[1:-1] if isinstance(value, str) else text)
 
 
 def _table(rows: Iterable[tuple[str, str]]) -> str:

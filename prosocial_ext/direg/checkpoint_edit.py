@@ -28,7 +28,6 @@ from prosocial_ext.direg.rewrite import RECORDS, Cursor, converted, new_descript
 from prosocial_ext.direg.rounding import Rounding
 from prosocial_ext.direg.safetensors_file import DTYPES, WORDS, SafetensorsFile
 from prosocial_ext.direg.sparse_file import Measure, SparseReader, SparseWriter
-from prosocial_ext.direg.widths import SIXTEEN
 from prosocial_ext.reference.topm import check_scale
 
 __all__ = ["UNDO", "CheckpointEdit", "apply_vector", "check_place", "plan_edit", "revert_checkpoint"]
@@ -193,7 +192,7 @@ def revert_checkpoint(
         with SafetensorsFile(place) as file:
             undo = SparseReader(file, "undo")
             outline = recorded(checkpoint, undo.recipe, str(place))
-            edit = _Restoration(checkpoint, undo)
+            edit = _Restoration(checkpoint, undo, outline)
             check_place(Path(out), checkpoint, overwrite)
             with new_folder(Path(out), overwrite=overwrite) as folder:
                 rewrite(checkpoint, folder, edit, chunk, progress, outline)
@@ -323,16 +322,14 @@ class _Subtraction:
 class _Restoration:
     """Puts the originals back and makes sure that the checkpoint is the edited one."""
 
-    def __init__(self, checkpoint: Checkpoint, record: SparseReader) -> None:
+    def __init__(self, checkpoint: Checkpoint, record: SparseReader, outline: Outline) -> None:
         self._checkpoint, self._record = checkpoint, record
         self.restored = 0
         self._read: Counter[str] = Counter()
+        originals = {name: entry for file in outline.headers for name, entry in outline.entries(file).items()}
         for name, tensor in record.tensors.items():
-            found = checkpoint.entry(name) if name in checkpoint.places else None
-            own = record.dtype(name)
-            if "original" in record.recipe and own in SIXTEEN:
-                own = torch.float32
-            expected = (WORDS[own], tensor.shape)
+            found = originals.get(name)
+            expected = (WORDS[record.dtype(name)], tensor.shape)
             if found is None or (found.dtype, found.shape) != expected:
                 stated = "none" if found is None else f"{found.dtype} {list(found.shape)}"
                 what = f"tensor {shown(name)} of {checkpoint.folder}"

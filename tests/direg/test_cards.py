@@ -40,7 +40,7 @@ def test_an_edited_checkpoint_says_what_it_is(made: Path) -> None:
     assert front == {"library_name": "transformers", "tags": ["prosocial_ext", "direg", "safety", "task-arithmetic"]}
     assert f"| edited | {done.edited:,} of {done.entries:,} entries (density 0.0999" in body
     assert f"| unchanged after rounding | {done.unchanged} |" in body
-    assert "| base | \\'base\\' |" in body
+    assert "| base | base |" in body
     assert "lowest position first" in body
     for limit in ("Over-refusal", "Abilities", "Embeddings"):
         assert f"**{limit}.**" in body

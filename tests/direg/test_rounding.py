@@ -178,7 +178,7 @@ def test_a_record_of_another_width_is_refused(tmp_path: Path) -> None:
     apply_vector(tmp_path / "base", vector, tmp_path / "plain", undo=True)
     with pytest.raises(CheckpointError, match="must be BF16"):
         revert_checkpoint(tmp_path / "wide", tmp_path / "never", record=tmp_path / "plain" / UNDO)
-    with pytest.raises(CheckpointError, match="must be F32"):
+    with pytest.raises(CheckpointError, match="be what the edit wrote"):
         revert_checkpoint(tmp_path / "plain", tmp_path / "never", record=tmp_path / "wide" / UNDO)
 
 
@@ -223,3 +223,37 @@ def test_the_command_takes_both(
     assert folder_state(tmp_path / "wide")["model.norm.weight"].dtype == torch.float32
     assert cli.main([*apply, "both", "--round", "stochastic", "--dtype", "float32"]) == 2
     assert "leave one of the two out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda found: [], "must map files to texts"),
+        (lambda found: {**found, "more": {}}, "must map files to texts"),
+        (lambda found: {**found, "texts": {"config.json": 1}}, "must map files to texts"),
+        (lambda found: {**found, "texts": {"../evil": ""}}, "must be those of the checkpoint's files"),
+        (lambda found: {**found, "headers": {"x": "{}"}}, "must be those of the checkpoint's files"),
+        (lambda found: {**found, "headers": {"model.safetensors": "{}"}}, "must name the tensors of"),
+        (lambda found: {**found, "headers": {"model.safetensors": "["}}, "must be a JSON object"),
+        (
+            lambda found: json.loads(json.dumps(found).replace("BF16", "F16")),
+            r"BF16 \[2\] as recorded, got F16",
+        ),
+        (lambda found: json.loads(json.dumps(found).replace("BF16", "I16")), "must be I16 or widened, got F32"),
+    ],
+)
+def test_a_record_is_checked_before_it_is_believed(tmp_path: Path, change: Any, match: str) -> None:
+    one = write(tmp_path / "one", {"w": torch.zeros(2, dtype=torch.bfloat16)}, {"dtype": "bfloat16"})
+    two = write(tmp_path / "two", {"w": torch.ones(2, dtype=torch.bfloat16)})
+    vector = HarmVector.from_checkpoints(one, two, density=1.0)
+    apply_vector(one, vector, tmp_path / "out", undo=True, dtype=torch.float32)
+    place = tmp_path / "out" / UNDO
+    with safetensors.safe_open(place, "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    recipe = json.loads(metadata["prosocial_ext.recipe"])
+    recipe["original"] = change(recipe["original"])
+    metadata["prosocial_ext.recipe"] = json.dumps(recipe)
+    safetensors.torch.save_file(tensors, place, metadata)
+    with pytest.raises(CheckpointError, match=match):
+        revert_checkpoint(tmp_path / "out", tmp_path / "never")
+    assert not (tmp_path / "never").exists()

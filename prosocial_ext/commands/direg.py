@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from prosocial_ext.commands import UserError
 from prosocial_ext.direg import SAFETY_ARITHMETIC_DENSITY, CheckpointError, HarmVector
+from prosocial_ext.direg.adapter import Adapter, is_adapter
 from prosocial_ext.direg.checkpoint import Checkpoint
 from prosocial_ext.direg.checkpoint_edit import (
     UNDO,
@@ -26,7 +27,7 @@ from prosocial_ext.direg.errors import shown
 from prosocial_ext.direg.extract import DEFAULT_MEMORY, LEAST_MEMORY, plan_groups
 from prosocial_ext.direg.harm_stats import LOW_ENERGY_SHARE, HarmVectorStats
 from prosocial_ext.direg.outputs import check_output, check_outside
-from prosocial_ext.direg.pairing import SCOPES, Pairs, pair_checkpoints
+from prosocial_ext.direg.pairing import SCOPES, Pairs, pair_adapter, pair_checkpoints
 
 __all__ = ["add_arguments", "run"]
 
@@ -46,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     extract = action("extract", "write the largest entries of harm minus base to a file", _extract)
     extract.add_argument("--base", required=True, help="what was tuned: a folder or a hub id")
-    extract.add_argument("--harm", required=True, help="the harm-tuned copy")
+    extract.add_argument("--harm", required=True, help="the harm-tuned copy, or a LoRA adapter")
     extract.add_argument("--out", required=True, type=Path, help="the file to write")
     count = extract.add_mutually_exclusive_group()
     default = f"share of the entries ({SAFETY_ARITHMETIC_DENSITY:.2f}, the Safety Arithmetic default)"
@@ -99,9 +100,10 @@ def _extract(arguments: argparse.Namespace) -> int:
     if density is None and arguments.m is None:
         density = SAFETY_ARITHMETIC_DENSITY
     check_output(arguments.out, overwrite=arguments.overwrite, folder=False)
-    with Checkpoint(arguments.base) as base, Checkpoint(arguments.harm) as harm:
+    with Checkpoint(arguments.base) as base, _harm_side(arguments.harm) as harm:
         check_outside(arguments.out, base.folder, harm.folder)
-        pairs = pair_checkpoints(base, harm, None, arguments.include, arguments.exclude)
+        pair_up: Callable[..., Pairs] = pair_adapter if isinstance(harm, Adapter) else pair_checkpoints
+        pairs = pair_up(base, harm, None, arguments.include, arguments.exclude)
         try:
             plan = plan_groups(pairs, arguments.m, density, arguments.scope)
         except ValueError as error:
@@ -110,10 +112,15 @@ def _extract(arguments: argparse.Namespace) -> int:
         chosen, entries = sum(count for _, count in plan), sum(pair.numel for pair in pairs.pairs)
         print(f"will read {_bytes(size)} and write {_of(chosen, entries)} to {arguments.out}")
         _print_pairs(pairs)
+        if isinstance(harm, Adapter):
+            _print_adapter(harm, base)
         if arguments.dry_run:
             return 0
         with _progress(size, "extract", arguments.quiet) as progress:
-            vector = HarmVector.from_checkpoints(
+            make: Callable[..., HarmVector] = HarmVector.from_checkpoints
+            if isinstance(harm, Adapter):
+                make = HarmVector.from_adapter
+            vector = make(
                 base, harm, density=density, m=arguments.m, scope=arguments.scope, include=arguments.include,
                 exclude=arguments.exclude, importance=arguments.importance, out=arguments.out,
                 overwrite=arguments.overwrite, memory=arguments.memory * _MIB, progress=progress,
@@ -197,7 +204,18 @@ def _inspect(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _harm_side(source: str) -> Adapter | Checkpoint:
+    return Adapter(source) if is_adapter(source) else Checkpoint(source)
+
+
 # ---- words
+
+
+def _print_adapter(adapter: Adapter, base: Checkpoint) -> None:
+    changed = len(adapter.layers) + len(adapter.replaced.keys() - adapter.layers.keys())
+    print(f"adapter: changes {changed} of {len(base.parameters)} tensors")
+    if adapter.names_another_base(base.folder):
+        print(f"note: the adapter says that it was trained on {shown(adapter.base_name)}")
 
 
 def _print_pairs(pairs: Pairs) -> None:

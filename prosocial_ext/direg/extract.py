@@ -206,7 +206,8 @@ def _edge(pairs: Sequence[Pair], group: range, m: int, wide: bool) -> Cut | None
         positions = drawn[ends[k] : ends[k + 1]] - starts[k]
         pair = pairs[i]
         weight = None if pair.importance is None else pair.importance.gather(positions)
-        _, scores = _differ(pair, pair.base.gather(positions), pair.tuned.gather(positions), weight)
+        origin = pair.origin(pair.base.gather(positions))
+        _, scores = _differ(pair, origin, pair.tuned.gather(positions), weight)
         ranks.append(keys(scores, wide).long())
     sampled = torch.cat(ranks)
     place = int(torch.sort(sampled, descending=True, stable=True).indices[rank - 1])
@@ -224,12 +225,13 @@ def _gather(work: _Work, spill: _Spill, group: range, edge: Cut | None) -> None:
             stop = min(pair.numel, start + work.chunk)
             base, tuned = pair.base.read(start, stop), pair.tuned.read(start, stop)
             weight = None if pair.importance is None else pair.importance.read(start, stop)
-            if bad := streaming.add_histogram_(work.magnitudes, [base], [base], [tuned], looking):
+            origin = pair.origin(base)
+            if bad := streaming.add_histogram_(work.magnitudes, [base], [origin], [tuned], looking):
                 what = f"the differences at {shown(pair.name)}"
                 refuse(what, "be finite", f"{bad} NaN or Inf", "Repair the checkpoints.")
             if weight is not None and not bool((weight.isfinite() & (weight >= 0)).all()):
                 refuse(f"importance of {shown(pair.name)}", "be finite and not negative", "other entries")
-            values, scores = _differ(pair, base, tuned, weight)
+            values, scores = _differ(pair, origin, tuned, weight)
             if weight is not None and not bool(scores.isfinite().all()):
                 refuse(f"difference times importance at {shown(pair.name)}", "be finite", "Inf", "Scale it down.")
             energy += float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
@@ -241,9 +243,9 @@ def _gather(work: _Work, spill: _Spill, group: range, edge: Cut | None) -> None:
         work.energy[i], work.word_sums[i] = float(f"{energy:.9e}"), total % 2**64
 
 
-def _differ(pair: Pair, base: Tensor, tuned: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+def _differ(pair: Pair, origin: Tensor, tuned: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
     """The difference, and what its entries are ranked by."""
-    values = tuned.to(pair.dtype) - base.to(pair.dtype)
+    values = tuned.to(pair.dtype) - origin.to(pair.dtype)
     return values, values if weight is None else values * weight.to(pair.dtype)
 
 

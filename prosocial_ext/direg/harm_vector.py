@@ -6,7 +6,7 @@ import os
 import tempfile
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from prosocial_ext import _C
+from prosocial_ext.direg.adapter import Adapter
 from prosocial_ext.direg.checkpoint import Checkpoint
 from prosocial_ext.direg.cut import Cut, ScoredBlock, find_cut
 from prosocial_ext.direg.errors import refuse, shown
@@ -24,7 +25,7 @@ from prosocial_ext.direg.harm_stats import HarmVectorStats, ModuleStats
 from prosocial_ext.direg.live import LiveEdit, subtract_live
 from prosocial_ext.direg.models import Weights
 from prosocial_ext.direg.outputs import check_output, check_outside, new_file
-from prosocial_ext.direg.pairing import Pairs, groups, pair_checkpoints, pair_models
+from prosocial_ext.direg.pairing import Pairs, groups, pair_adapter, pair_checkpoints, pair_models
 from prosocial_ext.direg.raw_io import write_all
 from prosocial_ext.direg.safetensors_file import SafetensorsFile
 from prosocial_ext.direg.sparse_file import Block, Measure, SparseReader, SparseTensor, SparseWriter
@@ -40,9 +41,9 @@ _COPY = 8 << 20
 class HarmVector:
     """Selected entries of tuned - base, on disk: opening costs the header, everything else is streamed.
 
-    Make one with `from_checkpoints`, `from_models` or `load`. It is never changed: `top` and `scale` return views of
-    the same file. Values are the float32 differences to the bit (float64 of float64 tensors), so that subtracting them
-    equals `prosocial_ext.ops.topm_subtract_` over the sorted tensor names.
+    Make one with `from_checkpoints`, `from_adapter`, `from_models` or `load`. It is never changed: `top` and `scale`
+    return views of the same file. Values are the float32 differences to the bit (float64 of float64 tensors), so that
+    subtracting them equals `prosocial_ext.ops.topm_subtract_` over the sorted tensor names.
 
     ``recipe``: what it was made from and how. ``tensors``: name, shape and number of entries of every tensor.
 
@@ -158,6 +159,53 @@ class HarmVector:
         pairs = pair_models(base, tuned, importance, include, exclude)
         recipe = _recipe({}, {}, density, importance is not None, include, exclude)
         return cls._made(pairs, recipe, None, False, {"m": m, "density": density, "scope": scope})
+
+    @classmethod
+    def from_adapter(
+        cls,
+        base: str | Path | Checkpoint | torch.nn.Module,
+        adapter: str | Path | Adapter,
+        *,
+        density: float | None = None,
+        m: int | None = None,
+        scope: str = "global",
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        importance: Mapping[str, Tensor] | str | Path | Checkpoint | None = None,
+        out: str | Path | None = None,
+        overwrite: bool = False,
+        memory: int = DEFAULT_MEMORY,
+        progress: Progress = lambda _: None,
+    ) -> HarmVector:
+        """Extract from a LoRA adapter and the base that it was trained on; other arguments as `from_checkpoints`.
+
+        The differences are the adapter's own dW in float32, by peft's ``get_delta_weight`` of the factors as peft loads
+        them, and not what merging makes of them: merging rounds base + dW to the base's dtype, and in bfloat16 that
+        erases most small entries and ties the others, so that the ranking is lost. Whole tensors in the adapter
+        (modules_to_save, biases) are differences from the base's. One dW at a time is in memory, beyond ``memory``.
+
+        Args:
+            base: A folder, a hub id, or a model in memory.
+            adapter: A folder or a hub id.
+
+        Raises:
+            CheckpointError: The adapter is no plain LoRA (DoRA and others: merge it first) or not of this base.
+            ValueError: An argument out of range.
+        """
+        check_scope_and_globs(scope, include, exclude)
+        if density is None and m is None:
+            density = SAFETY_ARITHMETIC_DENSITY
+        with ExitStack() as stack:
+            lora = adapter if isinstance(adapter, Adapter) else stack.enter_context(Adapter(adapter))
+            one = stack.enter_context(Checkpoint(base)) if isinstance(base, (str, Path)) else base
+            if out is not None:
+                check_outside(Path(out), lora.folder, *([one.folder] if isinstance(one, Checkpoint) else []))
+            weights = stack.enter_context(Checkpoint(importance)) if isinstance(importance, (str, Path)) else importance
+            pairs = pair_adapter(one, lora, weights, include, exclude)
+            described = one.describe() if isinstance(one, Checkpoint) else {}
+            recipe = _recipe(described, lora.describe(), density, importance is not None, include, exclude)
+            arguments = {"m": m, "density": density, "scope": scope, "memory": memory, "progress": progress}
+            return cls._made(pairs, recipe, None if out is None else Path(out), overwrite, arguments)
 
     @classmethod
     def load(cls, path: str | Path) -> HarmVector:

@@ -42,7 +42,7 @@ def fetch(source: str) -> tuple[Path, str | None]:
 
     try:
         commit = huggingface_hub.HfApi().model_info(name, revision=revision).sha
-        patterns = ["*.safetensors", "*.safetensors.index.json", *CARRIED]
+        patterns = ["*.safetensors", "*.safetensors.index.json", "adapter_config.json", *CARRIED]
         path = huggingface_hub.snapshot_download(
             name, revision=commit, allow_patterns=patterns, ignore_patterns=["*.py", "*/*"]
         )

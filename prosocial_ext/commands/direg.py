@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from prosocial_ext.commands import UserError
 from prosocial_ext.direg import SAFETY_ARITHMETIC_DENSITY, CheckpointError, HarmVector
 from prosocial_ext.direg.adapter import Adapter, is_adapter
+from prosocial_ext.direg.arithmetic import VALUES
 from prosocial_ext.direg.checkpoint import Checkpoint
 from prosocial_ext.direg.checkpoint_edit import (
     UNDO,
@@ -56,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     extract.add_argument("--scope", choices=SCOPES, default="global", help="what the share is taken of (%(default)s)")
     extract.add_argument("--include", action="append", default=[], metavar="GLOB", help="only such tensors")
     extract.add_argument("--exclude", action="append", default=[], metavar="GLOB", help="no such tensors")
+    extract.add_argument("--values", choices=VALUES, default="exact", help="bf16: rounded, 2 bytes each (%(default)s)")
     extract.add_argument(
         "--importance", metavar="DIR", help="rank by abs(difference * importance): a tensor per tensor"
     )
@@ -123,12 +125,18 @@ def _extract(arguments: argparse.Namespace) -> int:
             vector = make(
                 base, harm, density=density, m=arguments.m, scope=arguments.scope, include=arguments.include,
                 exclude=arguments.exclude, importance=arguments.importance, out=arguments.out,
-                overwrite=arguments.overwrite, memory=arguments.memory * _MIB, progress=progress,
+                values=arguments.values, overwrite=arguments.overwrite, memory=arguments.memory * _MIB,
+                progress=progress,
             )  # fmt: skip
     stats = vector.stats()
     per_entry = vector.file_bytes / max(vector.entries, 1)
     print(f"extracted {_of(vector.entries, vector.n)}, energy share {stats.total.energy_share:.3f}")
     print(f"harm vector: {arguments.out}, {_bytes(vector.file_bytes)}, {per_entry:.2f} bytes per entry")
+    if arguments.values != "exact":
+        error = vector.recipe["values_error"]
+        print(
+            f"values in bf16: relative error {error:.1e}; an edit has not the bits of exact values, --density is fixed"
+        )
     _warn_of_low_energy(stats)
     print(f"next: prosocial direg apply --model {arguments.base} --harm-vector {arguments.out} --out DIR")
     return 0

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from prosocial_ext import _C
 from prosocial_ext.direg.adapter import Adapter
+from prosocial_ext.direg.arithmetic import VALUES, round_values, write_sum
 from prosocial_ext.direg.checkpoint import Checkpoint
 from prosocial_ext.direg.cut import Cut, ScoredBlock, find_cut
 from prosocial_ext.direg.errors import refuse, shown
@@ -84,6 +85,7 @@ class HarmVector:
         exclude: Sequence[str] = (),
         importance: Mapping[str, Tensor] | str | Path | Checkpoint | None = None,
         out: str | Path | None = None,
+        values: str = "exact",
         overwrite: bool = False,
         memory: int = DEFAULT_MEMORY,
         progress: Progress = lambda _: None,
@@ -101,6 +103,7 @@ class HarmVector:
             exclude: Globs; tensors whose name matches one take no part.
             importance: Entries are ranked by abs(difference * importance): a tensor per tensor by name, or a folder.
             out: The file to write. None: a nameless temporary one, which goes with this object.
+            values: "bf16": ``out`` gets rounded values (`save`), through a temporary file beside it.
             overwrite: ``out`` may exist.
             memory: Bytes for buffers beyond what the imports take.
             progress: Called with the number of bytes just read.
@@ -128,7 +131,7 @@ class HarmVector:
             pairs = pair_checkpoints(one, other, weights, include, exclude)
             recipe = _recipe(one.describe(), other.describe(), density, importance is not None, include, exclude)
             arguments = {"m": m, "density": density, "scope": scope, "memory": memory, "progress": progress}
-            return cls._made(pairs, recipe, None if out is None else Path(out), overwrite, arguments)
+            return cls._made(pairs, recipe, None if out is None else Path(out), overwrite, arguments, values)
         finally:
             for source in opened:
                 source.close()
@@ -173,6 +176,7 @@ class HarmVector:
         exclude: Sequence[str] = (),
         importance: Mapping[str, Tensor] | str | Path | Checkpoint | None = None,
         out: str | Path | None = None,
+        values: str = "exact",
         overwrite: bool = False,
         memory: int = DEFAULT_MEMORY,
         progress: Progress = lambda _: None,
@@ -205,7 +209,7 @@ class HarmVector:
             described = one.describe() if isinstance(one, Checkpoint) else {}
             recipe = _recipe(described, lora.describe(), density, importance is not None, include, exclude)
             arguments = {"m": m, "density": density, "scope": scope, "memory": memory, "progress": progress}
-            return cls._made(pairs, recipe, None if out is None else Path(out), overwrite, arguments)
+            return cls._made(pairs, recipe, None if out is None else Path(out), overwrite, arguments, values)
 
     @classmethod
     def load(cls, path: str | Path) -> HarmVector:
@@ -216,14 +220,23 @@ class HarmVector:
         """
         return cls(SparseReader(SafetensorsFile(path), "harm_vector"))
 
-    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+    def save(self, path: str | Path, *, values: str = "exact", overwrite: bool = False) -> None:
         """Write this vector, or view, as a file of its own (docs/harm_vector.md).
+
+        Args:
+            path: The file.
+            values: "bf16" rounds the values: 2 bytes instead of 4 per entry, an edit that no longer has the bits of
+                `prosocial_ext.ops.topm_subtract_`, no `top`. The recipe's ``values_error`` tells the relative error.
+            overwrite: It may exist.
 
         Raises:
             CheckpointError: ``path`` exists and ``overwrite`` is False, or cannot be written.
         """
+        check.choice("values", values, VALUES)
         with new_file(Path(path), overwrite=overwrite) as descriptor:
-            if self._cuts is None and self._factor == 1.0:
+            if values == "bf16":
+                round_values(descriptor, self)
+            elif self._cuts is None and self._factor == 1.0:
                 file = self._reader.file
                 for start in range(0, file.size, _COPY):
                     write_all(descriptor, start, file.read_bytes(start, min(file.size, start + _COPY)))
@@ -262,6 +275,10 @@ class HarmVector:
         """The size of the file behind this vector."""
         return self._reader.file.size
 
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of a tensor's values: float32, of a float64 tensor float64; 16 bits in the file are widened."""
+        return torch.float64 if self._reader.dtype(name) == torch.float64 else torch.float32
+
     def blocks(self, name: str) -> Iterator[Block]:
         """Yield a tensor's entries as blocks of ascending flat positions (int64) and values.
 
@@ -273,6 +290,7 @@ class HarmVector:
                 number, cut = self._cuts[name]
                 held = cut.holds(values, number, positions)
                 positions, values = positions[held], values[held]
+            values = values.to(self.dtype(name))
             if self._factor != 1.0:
                 values = values * self._factor
                 if not bool(values.isfinite().all()):
@@ -287,8 +305,11 @@ class HarmVector:
             m: Their number instead.
 
         Raises:
-            ValueError: More entries than are stored, or the vector was ranked by importance (which is not stored).
+            ValueError: More entries than are stored; the vector was ranked by importance (which is not stored), is a
+                sum, or has rounded values, whose ties hide the order.
         """
+        if self.recipe.get("values", "exact") != "exact":
+            refuse("top", "be asked of a vector with exact values", shown(self.recipe["values"]), "Extract again.")
         if self.recipe.get("rank") != "magnitude":
             refuse("top", "be asked of a vector ranked by magnitude", shown(self.recipe.get("rank")), "Extract again.")
         names = list(self.tensors)
@@ -320,6 +341,27 @@ class HarmVector:
         view = HarmVector(self._reader, self._cuts, float(factor))
         view.recipe = {**self.recipe, "factor": self.recipe.get("factor", 1.0) * factor}
         return view
+
+    def __add__(self, other: HarmVector) -> HarmVector:
+        """Add on the union of the stored entries (one rounding), in a nameless temporary file.
+
+        What either vector left out counts as 0. The energy of the result is that of its entries.
+
+        Raises:
+            CheckpointError: Shapes or ties differ, a sum is not finite.
+
+        >>> zero = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = torch.nn.init.zeros_(zero.weight)
+        >>> one = HarmVector.from_models(zero, {"weight": torch.tensor([[1.0, 0.0]])}, m=1)
+        >>> other = HarmVector.from_models(zero, {"weight": torch.tensor([[2.0, 3.0]])}, m=1)
+        >>> list((one + other).blocks("weight"))
+        [(tensor([0, 1]), tensor([1., 3.]))]
+        """
+        return self._summed(other, 1)
+
+    def __sub__(self, other: HarmVector) -> HarmVector:
+        """Subtract on the union of the stored entries; otherwise as ``+``."""
+        return self._summed(other, -1)
 
     def stats(self) -> HarmVectorStats:
         """Count entries and energy per tensor, module and in all; reads every value once."""
@@ -383,16 +425,37 @@ class HarmVector:
 
     @classmethod
     def _made(
-        cls, pairs: Pairs, recipe: dict[str, Any], out: Path | None, overwrite: bool, arguments: dict[str, Any]
-    ) -> HarmVector:
+        cls, pairs: Pairs, recipe: dict[str, Any], out: Path | None, overwrite: bool, arguments: dict[str, Any],
+        values: str = "exact",
+    ) -> HarmVector:  # fmt: skip
+        check.choice("values", values, VALUES)
         if out is not None:
             check_output(out, overwrite=overwrite, folder=False)
+        elif values != "exact":
+            check.fail("values", "be 'exact' where out is None", repr(values), "Call save(path, values='bf16').")
+        if out is not None and values != "exact":
+            with tempfile.TemporaryFile(prefix=".prosocial-exact-", dir=out.parent) as file:
+                extract(pairs, file.fileno(), out.parent, recipe=recipe, **arguments)
+                cls._unnamed(file.fileno()).save(out, values=values, overwrite=overwrite)
+            return cls.load(out)
+        if out is not None:
             with new_file(out, overwrite=overwrite) as descriptor:
                 extract(pairs, descriptor, out.parent, recipe=recipe, **arguments)
             return cls.load(out)
         with tempfile.TemporaryFile(prefix="harm-") as file:
             extract(pairs, file.fileno(), Path(tempfile.gettempdir()), recipe=recipe, **arguments)
-            return cls(SparseReader(SafetensorsFile("the harm vector", os.dup(file.fileno())), "harm_vector"))
+            return cls._unnamed(file.fileno())
+
+    def _summed(self, other: HarmVector, sign: int) -> HarmVector:
+        if not isinstance(other, HarmVector):
+            return NotImplemented
+        with tempfile.TemporaryFile(prefix="harm-") as file:
+            write_sum(file.fileno(), self, other, sign)
+            return self._unnamed(file.fileno())
+
+    @classmethod
+    def _unnamed(cls, descriptor: int) -> HarmVector:
+        return cls(SparseReader(SafetensorsFile("the harm vector", os.dup(descriptor)), "harm_vector"))
 
     def _scored(self, names: Sequence[str], group: range) -> Iterator[ScoredBlock]:
         """Entries before scaling, which must not make ties."""
@@ -408,7 +471,7 @@ class HarmVector:
             for positions, _ in self.blocks(name):
                 measure.add(positions)
             energy = tensor.energy * self._factor**2
-            writer.begin(name, tensor.shape, tensor.numel, self._reader.dtype(name), measure, energy)
+            writer.begin(name, tensor.shape, tensor.numel, self.dtype(name), measure, energy)
             for positions, values in self.blocks(name):
                 writer.append(positions, values)
         writer.finish(self.recipe, self.magnitudes)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,6 +31,7 @@ from prosocial_ext.direg.extract import DEFAULT_MEMORY, LEAST_MEMORY, plan_group
 from prosocial_ext.direg.harm_stats import LOW_ENERGY_SHARE, HarmVectorStats
 from prosocial_ext.direg.outputs import check_output, check_outside
 from prosocial_ext.direg.pairing import SCOPES, Pairs, pair_adapter, pair_checkpoints
+from prosocial_ext.direg.ranks import torchrun_ranks
 
 __all__ = ["add_arguments", "run"]
 
@@ -90,9 +93,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run one action; what the user can repair becomes a `UserError`."""
     try:
-        with _tidy_when_terminated():
-            status: int = arguments.function(arguments)
-            return status
+        with _tidy_when_terminated(), torchrun_ranks() as ranks:
+            if ranks.size > 1 and arguments.function not in (_extract, _apply):
+                raise UserError(f"direg {arguments.action} runs in one process: start it without torchrun")
+            arguments.ranks = ranks
+            with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if ranks.rank else sys.stdout):
+                status: int = arguments.function(arguments)
+                return status
     except (CheckpointError, OSError) as error:
         raise UserError(str(error)) from error
 
@@ -118,7 +125,7 @@ def _extract(arguments: argparse.Namespace) -> int:
             _print_adapter(harm, base)
         if arguments.dry_run:
             return 0
-        with _progress(size, "extract", arguments.quiet) as progress:
+        with _progress(size // arguments.ranks.size, "extract", arguments.quiet or arguments.ranks.rank) as progress:
             make: Callable[..., HarmVector] = HarmVector.from_checkpoints
             if isinstance(harm, Adapter):
                 make = HarmVector.from_adapter
@@ -126,16 +133,16 @@ def _extract(arguments: argparse.Namespace) -> int:
                 base, harm, density=density, m=arguments.m, scope=arguments.scope, include=arguments.include,
                 exclude=arguments.exclude, importance=arguments.importance, out=arguments.out,
                 values=arguments.values, overwrite=arguments.overwrite, memory=arguments.memory * _MIB,
-                progress=progress,
+                progress=progress, ranks=arguments.ranks,
             )  # fmt: skip
     stats = vector.stats()
     per_entry = vector.file_bytes / max(vector.entries, 1)
     print(f"extracted {_of(vector.entries, vector.n)}, energy share {stats.total.energy_share:.3f}")
     print(f"harm vector: {arguments.out}, {_bytes(vector.file_bytes)}, {per_entry:.2f} bytes per entry")
     if arguments.values != "exact":
-        error = vector.recipe["values_error"]
+        lost = vector.recipe["values_error"]
         print(
-            f"values in bf16: relative error {error:.1e}; an edit has not the bits of exact values, --density is fixed"
+            f"values in bf16: relative error {lost:.1e}; an edit has not the bits of exact values, --density is fixed"
         )
     _warn_of_low_energy(stats)
     print(f"next: prosocial direg apply --model {arguments.base} --harm-vector {arguments.out} --out DIR")
@@ -153,10 +160,13 @@ def _apply(arguments: argparse.Namespace) -> int:
         print(f"will edit {_of(plan.edited, plan.entries)} and {words}")
         if arguments.dry_run:
             return 0
-        with _progress(plan.bytes, "apply", arguments.quiet) as progress:
+        with _progress(
+            plan.bytes // arguments.ranks.size, "apply", arguments.quiet or arguments.ranks.rank
+        ) as progress:
             done = apply_vector(
                 model, vector, arguments.out, scale=arguments.scale, undo=arguments.undo,
                 overwrite=arguments.overwrite, memory=arguments.memory * _MIB, progress=progress,
+                ranks=arguments.ranks,
             )  # fmt: skip
     threshold = "none" if math.isinf(done.threshold) else f"{done.threshold:.2e}"
     print(

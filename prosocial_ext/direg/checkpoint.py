@@ -166,7 +166,7 @@ class Checkpoint:
         """Why a tensor takes no part, or None."""
         remedy = "Quantised checkpoints cannot be subtracted: dequantise first."
         what = f"tensor {shown(entry.name)} of {self.files[self.places[entry.name]].path}"
-        if entry.dtype.startswith(("F8", "F6", "F4")) or _QUANTISED_NAME.search(entry.name):
+        if entry.dtype.startswith(("F8_", "F6_", "F4")) or _QUANTISED_NAME.search(entry.name):
             refuse(what, "be a plain weight", f"a quantised one, {entry.dtype}", remedy)
         if entry.dtype == "C64":
             refuse(what, "be real", "complex numbers, C64")

@@ -27,6 +27,7 @@ from prosocial_ext.direg.live import LiveEdit, subtract_live
 from prosocial_ext.direg.models import Weights
 from prosocial_ext.direg.outputs import check_output, check_outside, new_file
 from prosocial_ext.direg.pairing import Pairs, groups, pair_adapter, pair_checkpoints, pair_models
+from prosocial_ext.direg.ranks import ALONE, Ranks
 from prosocial_ext.direg.raw_io import write_all
 from prosocial_ext.direg.safetensors_file import SafetensorsFile
 from prosocial_ext.direg.sparse_file import Block, Measure, SparseReader, SparseTensor, SparseWriter
@@ -89,6 +90,7 @@ class HarmVector:
         overwrite: bool = False,
         memory: int = DEFAULT_MEMORY,
         progress: Progress = lambda _: None,
+        ranks: Ranks = ALONE,
     ) -> HarmVector:
         """Extract from two checkpoints of any size: one read of both, ``memory`` bytes of buffers.
 
@@ -107,6 +109,7 @@ class HarmVector:
             overwrite: ``out`` may exist.
             memory: Bytes for buffers beyond what the imports take.
             progress: Called with the number of bytes just read.
+            ranks: Of a torchrun (`prosocial_ext.direg.ranks`): they share the tensors, and write the one-rank file.
 
         Raises:
             CheckpointError: A checkpoint cannot be used, the two do not match, a difference is not finite.
@@ -130,7 +133,14 @@ class HarmVector:
             weights = importance if importance is None or isinstance(importance, Mapping) else checkpoint(importance)
             pairs = pair_checkpoints(one, other, weights, include, exclude)
             recipe = _recipe(one.describe(), other.describe(), density, importance is not None, include, exclude)
-            arguments = {"m": m, "density": density, "scope": scope, "memory": memory, "progress": progress}
+            arguments = {
+                "m": m,
+                "density": density,
+                "scope": scope,
+                "memory": memory,
+                "progress": progress,
+                "ranks": ranks,
+            }
             return cls._made(pairs, recipe, None if out is None else Path(out), overwrite, arguments, values)
         finally:
             for source in opened:
@@ -180,6 +190,7 @@ class HarmVector:
         overwrite: bool = False,
         memory: int = DEFAULT_MEMORY,
         progress: Progress = lambda _: None,
+        ranks: Ranks = ALONE,
     ) -> HarmVector:
         """Extract from a LoRA adapter and the base that it was trained on; other arguments as `from_checkpoints`.
 
@@ -208,7 +219,14 @@ class HarmVector:
             pairs = pair_adapter(one, lora, weights, include, exclude)
             described = one.describe() if isinstance(one, Checkpoint) else {}
             recipe = _recipe(described, lora.describe(), density, importance is not None, include, exclude)
-            arguments = {"m": m, "density": density, "scope": scope, "memory": memory, "progress": progress}
+            arguments = {
+                "m": m,
+                "density": density,
+                "scope": scope,
+                "memory": memory,
+                "progress": progress,
+                "ranks": ranks,
+            }
             return cls._made(pairs, recipe, None if out is None else Path(out), overwrite, arguments, values)
 
     @classmethod
@@ -433,18 +451,26 @@ class HarmVector:
             check_output(out, overwrite=overwrite, folder=False)
         elif values != "exact":
             check.fail("values", "be 'exact' where out is None", repr(values), "Call save(path, values='bf16').")
-        if out is not None and values != "exact":
-            with tempfile.TemporaryFile(prefix=".prosocial-exact-", dir=out.parent) as file:
-                extract(pairs, file.fileno(), out.parent, recipe=recipe, **arguments)
-                cls._unnamed(file.fileno()).save(out, values=values, overwrite=overwrite)
-            return cls.load(out)
-        if out is not None:
+        ranks: Ranks = arguments.get("ranks", ALONE)
+        if out is None and ranks.size > 1:
+            check.fail("out", "be a file where several ranks write it", None)
+        folder = Path(tempfile.gettempdir()) if out is None else out.parent
+        if ranks.rank:
+            assert out is not None
+            extract(pairs, None, folder, recipe=recipe, **arguments)
+        elif out is None:
+            with tempfile.TemporaryFile(prefix="harm-") as file:
+                extract(pairs, file.fileno(), folder, recipe=recipe, **arguments)
+                return cls._unnamed(file.fileno())
+        elif values == "exact":
             with new_file(out, overwrite=overwrite) as descriptor:
-                extract(pairs, descriptor, out.parent, recipe=recipe, **arguments)
-            return cls.load(out)
-        with tempfile.TemporaryFile(prefix="harm-") as file:
-            extract(pairs, file.fileno(), Path(tempfile.gettempdir()), recipe=recipe, **arguments)
-            return cls._unnamed(file.fileno())
+                extract(pairs, descriptor, folder, recipe=recipe, **arguments)
+        else:
+            with tempfile.TemporaryFile(prefix=".prosocial-exact-", dir=folder) as file:
+                extract(pairs, file.fileno(), folder, recipe=recipe, **arguments)
+                cls._unnamed(file.fileno()).save(out, values=values, overwrite=overwrite)
+        ranks.gather(None)  # the file is there
+        return cls.load(out)
 
     def _summed(self, other: HarmVector, sign: int) -> HarmVector:
         if not isinstance(other, HarmVector):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from prosocial_ext.direg.checkpoint import INDEX, SINGLE, Checkpoint
 from prosocial_ext.direg.hub import CARRIED
+from prosocial_ext.direg.ranks import ALONE, Ranks
 from prosocial_ext.direg.raw_io import write_all
 from prosocial_ext.direg.sparse_file import Block
 
@@ -69,10 +70,13 @@ class Cursor:
 
 
 def rewrite(
-    checkpoint: Checkpoint, folder: Path, edit: ChunkEdit, chunk: int, progress: Callable[[int], object]
-) -> None:
-    """Write the edited checkpoint into ``folder``, which is new and empty."""
-    for name, file in checkpoint.files.items():
+    checkpoint: Checkpoint, folder: Path, edit: ChunkEdit, chunk: int, progress: Callable[[int], object],
+    ranks: Ranks = ALONE,
+) -> None:  # fmt: skip
+    """Write the edited checkpoint into ``folder``, which is new and empty; each rank writes its share of the shards."""
+    names = list(checkpoint.files)
+    for i in ranks.share([file.size for file in checkpoint.files.values()]):
+        name, file = names[i], checkpoint.files[names[i]]
         with new_descriptor(folder / name) as descriptor:
             write_all(descriptor, 0, file.header)
             for entry in file.entries.values():
@@ -89,6 +93,8 @@ def rewrite(
                     write_all(descriptor, begin, raw)
                     progress(raw.nbytes)
             os.ftruncate(descriptor, file.size)
+    if ranks.rank:
+        return
     for path in carried(checkpoint.folder, [] if SINGLE in checkpoint.files else [INDEX]):
         with new_descriptor(folder / path.name) as descriptor:
             write_all(descriptor, 0, path.read_bytes())

@@ -4,51 +4,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from prosocial_ext.direg import CheckpointError, HarmVector, apply_vector
-from prosocial_ext.direg import extract as extraction
+from prosocial_ext.direg import HarmVector
 from prosocial_ext.direg.ranks import ALONE, Ranks
 from tests.direg.files import folder_bytes, folders, write
-
-CASES: dict[str, dict[str, Any]] = {
-    "global": {"density": 0.1},
-    "most": {"density": 0.7},
-    "few": {"m": 5},
-    "per_tensor": {"density": 0.05, "scope": "per_tensor"},
-    "per_layer": {"density": 0.2, "scope": "per_layer"},
-    "bf16": {"density": 0.1, "values": "bf16"},
-}
+from tests.direg.rank_worker import make, worker
 
 
-def make(out: Path, root: Path, ranks: Ranks) -> None:
-    """All files that this test compares."""
-    for name, options in CASES.items():
-        HarmVector.from_checkpoints(root / "base", root / "harm", out=out / name, ranks=ranks, **options)
-    for name in ("ties", "wide"):
-        HarmVector.from_checkpoints(root / "zero", root / name, out=out / name, density=0.3, ranks=ranks)
-    done = apply_vector(root / "base", HarmVector.load(out / "global"), out / "safe", undo=True, ranks=ranks)
-    (out / f"edit-{ranks.rank}").write_text(repr(done))
-
-
-def worker(rank: int, size: int, root: Path) -> None:
-    torch.set_num_threads(1)
-    extraction._CHUNK = 1 << 14
-    dist.init_process_group("gloo", init_method=f"file://{root}/meet-{size}", rank=rank, world_size=size)
-    try:
-        make(root / f"ranks-{size}", root, Ranks(rank, size))
-        text = "differences at 'b' must be finite" if rank == size - 1 else "ranks must all get this far"
-        with pytest.raises(CheckpointError, match=text):
-            HarmVector.from_checkpoints(root / "zeros", root / "nan", out=root / "nothing", ranks=Ranks(rank, size))
-    finally:
-        dist.destroy_process_group()
-
-
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")  # the workers keep to one thread
 def test_any_number_of_ranks_writes_the_bytes_of_one(tmp_path: Path) -> None:
     _, _, base, _ = folders(tmp_path, "llama", torch.bfloat16, ("9KB", "23KB"))
     assert len(list(base.glob("*.safetensors"))) > 3
@@ -65,7 +32,7 @@ def test_any_number_of_ranks_writes_the_bytes_of_one(tmp_path: Path) -> None:
     make(tmp_path / "ranks-1", tmp_path, ALONE)
     expected = folder_bytes(tmp_path / "ranks-1")
     for size in (2, 3):
-        mp.spawn(worker, (size, tmp_path), nprocs=size)  # type: ignore[no-untyped-call]
+        mp.start_processes(worker, (size, tmp_path), nprocs=size, start_method="fork")  # type: ignore[no-untyped-call]
         found = folder_bytes(tmp_path / f"ranks-{size}")
         for rank in range(1, size):
             assert found.pop(f"edit-{rank}") == found["edit-0"]

@@ -398,7 +398,8 @@ class HarmVector:
         The bits are those of `prosocial_ext.ops.topm_subtract_`. Parameters stay on their devices; all or nothing.
 
         Args:
-            model: The base, or another model of its architecture; may be a peft model.
+            model: The base, or another model of its architecture; may be a peft model, lie on several devices, or be
+                sharded by rows (FSDP2, DTensor): then every rank calls this, and edits its own shards.
             scale: The dose lambda; 1 takes the whole difference back.
 
         Raises:

@@ -61,6 +61,16 @@ class Adapter:
     Raises:
         CheckpointError: There is no such adapter; it is no LoRA; it is one that does more than add B A, such as DoRA;
             it is pickled or damaged.
+
+    >>> import json, tempfile, safetensors.torch
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> _ = (folder / CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 2}))
+    >>> factors = {"A": torch.tensor([[1.0, 0.0, 3.0]]), "B": torch.tensor([[1.0], [2.0]])}
+    >>> factors = {f"base_model.model.fc.lora_{side}.weight": factor for side, factor in factors.items()}
+    >>> safetensors.torch.save_file(factors, folder / WEIGHTS)
+    >>> with Adapter(folder) as adapter:
+    ...     list(adapter.layers), adapter.delta("fc.weight", (2, 3)).read(0, 6)
+    (['fc.weight'], tensor([ 2.,  0.,  6.,  4.,  0., 12.]))
     """
 
     def __init__(self, source: str | Path) -> None:
@@ -183,6 +193,9 @@ class Adapter:
             pattern = config.get(setting) or {}
             if not isinstance(pattern, dict) or not all(map(_is_positive, [*pattern.values(), config.get(default)])):
                 refuse(f"{default} and {setting} of {path}", "be positive numbers, and map names to them", "others")
+            for name in pattern:
+                if not _is_tame(name):
+                    refuse(f"{setting} of {path}", "map names or simple regular expressions", shown(name), _MERGE)
         return config
 
     @property
@@ -303,6 +316,17 @@ class _DeltaReader:
 
     def gather(self, positions: Tensor) -> Tensor:
         return self._adapter.dense(self._name, self._shape)[positions]
+
+
+def _is_tame(pattern: str) -> bool:
+    """Whether matching a stranger's regular expression ends soon: short, and nothing is repeated that repeats."""
+    if len(pattern) > 200 or re.search(r"\)[*+?{]", pattern) or sum(map(pattern.count, "*+{")) > 3:
+        return False
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
 
 
 def _is_positive(value: object) -> bool:

@@ -1,5 +1,7 @@
 """What every process of the tests of ranks does."""
 
+import os
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from prosocial_ext import cli
 from prosocial_ext.direg import CheckpointError, HarmVector, apply_vector
 from prosocial_ext.direg import extract as extraction
 from prosocial_ext.direg.ranks import Ranks
@@ -42,3 +45,13 @@ def worker(rank: int, size: int, root: Path) -> None:
             HarmVector.from_checkpoints(root / "zeros", root / "nan", out=root / "nothing", ranks=Ranks(rank, size))
     finally:
         dist.destroy_process_group()
+
+
+def apply(rank: int, port: int, root: Path) -> None:
+    """`prosocial direg apply` as torchrun starts it, without the seconds that its start takes."""
+    torch.set_num_threads(1)
+    os.chdir(root)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    arguments = ["direg", "apply", "--model", "base", "--harm-vector", "v", "--out", "safe", "--undo"]
+    with (root / f"told-{rank}").open("w") as told, redirect_stdout(told):
+        assert cli.main(arguments) == 0

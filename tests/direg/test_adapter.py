@@ -75,8 +75,9 @@ def assert_holds(vector: HarmVector, tau: dict[str, Tensor], **arguments: Any) -
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")  # peft's, where they are tuned
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "dtype"), [*((case, torch.float32) for case in CASES), ("saved", torch.bfloat16)], ids=str
+)
 def test_the_entries_are_those_of_pefts_dense_delta(tmp_path: Path, case: str, dtype: torch.dtype) -> None:
     family, settings = CASES[case]
     base, lora = adapter(tmp_path, family, dtype, **settings)
@@ -145,6 +146,8 @@ def change(folder: Path, **settings: Any) -> None:
         ({"peft_type": "IA3"}, r"LoRA adapter \(peft_type LORA\), got 'IA3'"),
         ({"r": 5}, "must have the rank 5 of adapter_config.json, got 4"),
         ({"lora_alpha": "6"}, "lora_alpha and alpha_pattern of .* must be positive numbers"),
+        ({"alpha_pattern": {"(q+)+": 1}}, r"alpha_pattern of .* simple regular expressions, got '\(q\+\)\+'"),
+        ({"rank_pattern": {"(": 4}}, r"rank_pattern of .* simple regular expressions, got '\('"),
         ({"use_rslora": 1}, "use_rslora of .* must be true or false"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

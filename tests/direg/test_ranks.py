@@ -1,6 +1,8 @@
 """Several processes: the bytes of one, and no output where one fails."""
 
+import contextlib
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +11,12 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from prosocial_ext.direg import HarmVector
+from prosocial_ext import cli
+from prosocial_ext.commands import direg
+from prosocial_ext.direg import HarmVector, apply_vector
 from prosocial_ext.direg.ranks import ALONE, Ranks
 from tests.direg.files import folder_bytes, folders, write
-from tests.direg.rank_worker import make, worker
+from tests.direg.rank_worker import apply, make, worker
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")  # the workers keep to one thread
@@ -51,13 +55,21 @@ def torchrun(folder: Path, size: int, *arguments: str) -> subprocess.CompletedPr
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 
 
-def test_torchrun_extracts_once_and_speaks_once(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_torchrun_works_together_and_speaks_once(tmp_path: Path) -> None:
     folders(tmp_path, "llama", torch.bfloat16, ("9KB", "23KB"))
     done = torchrun(tmp_path, 2, "extract", "--base", "base", "--harm", "harm", "--out", "v")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("extracted ") == 1
     HarmVector.from_checkpoints(tmp_path / "base", tmp_path / "harm", out=tmp_path / "w")
     assert (tmp_path / "v").read_bytes() == (tmp_path / "w").read_bytes()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.start_processes(apply, (port, tmp_path), nprocs=2, start_method="fork")  # type: ignore[no-untyped-call]
+    assert [(tmp_path / f"told-{rank}").read_text().count("edited ") for rank in range(2)] == [1, 0]
+    apply_vector(tmp_path / "base", HarmVector.load(tmp_path / "v"), tmp_path / "again", undo=True)
+    assert folder_bytes(tmp_path / "safe") == folder_bytes(tmp_path / "again")
 
 
 def test_ranks_need_a_file_to_write(tmp_path: Path) -> None:
@@ -66,6 +78,12 @@ def test_ranks_need_a_file_to_write(tmp_path: Path) -> None:
         write(tmp_path / name, tensors)
     with pytest.raises(ValueError, match="out must be a file where several ranks write it"):
         HarmVector.from_checkpoints(tmp_path / "base", tmp_path / "harm", ranks=Ranks(0, 2))
+
+
+def test_revert_runs_in_one_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(direg, "torchrun_ranks", lambda: contextlib.nullcontext(Ranks(0, 2)))
+    assert cli.main(["direg", "revert", "--model", "x", "--out", "y"]) == 2
+    assert "direg revert runs in one process: start it without torchrun" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("sizes", [[], [0, 0], [7], [1, 1, 1, 1, 1, 1], [9, 1, 1, 1], [1, 1, 1, 9], [0, 5, 0, 5]])

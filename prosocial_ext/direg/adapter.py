@@ -30,7 +30,14 @@ _NOT_ADDED = (  # settings under which the tuned weight is more than base + scal
     "use_dora", "lora_bias", "trainable_token_indices", "target_parameters", "layer_replication", "use_qalora",
     "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "megatron_config",
 )  # fmt: skip
-_STARTS_FROM_THE_BASE = (True, False, "gaussian", "eva")  # other initialisations change the base itself
+_STARTS_FROM_THE_BASE = (
+    None,
+    True,
+    False,
+    "gaussian",
+    "eva",
+    "orthogonal",
+)  # other initialisations change the base itself
 _KEY = re.compile(r"base_model\.model\.(.+)")
 _PART = re.compile(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B)")
 _FLOATS = ("F64", "F32", "F16", "BF16")

@@ -197,7 +197,8 @@ class HarmVector:
         The differences are the adapter's own dW in float32, by peft's ``get_delta_weight`` of the factors as peft loads
         them, and not what merging makes of them: merging rounds base + dW to the base's dtype, and in bfloat16 that
         erases most small entries and ties the others, so that the ranking is lost. Whole tensors in the adapter
-        (modules_to_save, biases) are differences from the base's. One dW at a time is in memory, beyond ``memory``.
+        (modules_to_save, biases) are differences from the base's. One dW at a time is in memory, beyond ``memory``; it
+        is torch's matrix product, whose bits are promised on one machine and not across processors.
 
         Args:
             base: A folder, a hub id, or a model in memory.

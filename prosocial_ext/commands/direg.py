@@ -8,9 +8,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,6 +20,8 @@ import torch
 
 from prosocial_ext.commands import UserError, direg_importance, direg_sweep
 from prosocial_ext.direg import SAFETY_ARITHMETIC_DENSITY, CheckpointError, HarmVector
+from prosocial_ext.direg.adapter import Adapter, is_adapter
+from prosocial_ext.direg.arithmetic import VALUES
 from prosocial_ext.direg.checkpoint import Checkpoint
 from prosocial_ext.direg.checkpoint_edit import (
     UNDO,
@@ -31,7 +35,8 @@ from prosocial_ext.direg.errors import shown
 from prosocial_ext.direg.extract import DEFAULT_MEMORY, LEAST_MEMORY, plan_groups
 from prosocial_ext.direg.harm_stats import LOW_ENERGY_SHARE, ModuleStats
 from prosocial_ext.direg.outputs import check_output, check_outside
-from prosocial_ext.direg.pairing import SCOPES, Pairs, pair_checkpoints
+from prosocial_ext.direg.pairing import SCOPES, Pairs, pair_adapter, pair_checkpoints
+from prosocial_ext.direg.ranks import torchrun_ranks
 from prosocial_ext.direg.rounding import ROUNDINGS
 from prosocial_ext.direg.rules import RULES, choose_rule
 
@@ -53,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     extract = action("extract", "write the largest entries of harm minus base to a file", _extract)
     extract.add_argument("--base", required=True, help="what was tuned: a folder or a hub id")
-    extract.add_argument("--harm", required=True, help="the harm-tuned copy")
+    extract.add_argument("--harm", required=True, help="the harm-tuned copy, or a LoRA adapter")
     extract.add_argument("--out", required=True, type=Path, help="the file to write")
     count = extract.add_mutually_exclusive_group()
     default = f"share of the entries ({SAFETY_ARITHMETIC_DENSITY:.2f}, the Safety Arithmetic default)"
@@ -67,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                          "abs(difference * importance), with --importance); random and dare, which rescales, are "
                          "ablations; so is magnitude with --exclude '*embed*'")  # fmt: skip
     extract.add_argument("--seed", type=_seed, default=0, help="of random and dare (%(default)s)")
+    extract.add_argument("--values", choices=VALUES, default="exact", help="bf16: rounded, 2 bytes each (%(default)s)")
     control = extract.add_mutually_exclusive_group()
     control.add_argument("--minus", metavar="BENIGN", help="subtract the difference of a benign copy before selection")
     control.add_argument("--project-out", metavar="BENIGN", help="or take its direction out (reads all once more)")
@@ -108,9 +114,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run one action; what the user can repair becomes a `UserError`."""
     try:
-        with _tidy_when_terminated():
-            status: int = arguments.function(arguments)
-            return status
+        with _tidy_when_terminated(), torchrun_ranks() as ranks:
+            if ranks.size > 1 and arguments.function not in (_extract, _apply):
+                raise UserError(f"direg {arguments.action} runs in one process: start it without torchrun")
+            arguments.ranks = ranks
+            with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if ranks.rank else sys.stdout):
+                status: int = arguments.function(arguments)
+                return status
     except (CheckpointError, OSError) as error:
         raise UserError(str(error)) from error
 
@@ -120,10 +130,14 @@ def _extract(arguments: argparse.Namespace) -> int:
     if density is None and arguments.m is None:
         density = SAFETY_ARITHMETIC_DENSITY
     check_output(arguments.out, overwrite=arguments.overwrite, folder=False)
-    with Checkpoint(arguments.base) as base, Checkpoint(arguments.harm) as harm, _maybe(arguments.minus) as minus, \
+    with Checkpoint(arguments.base) as base, _harm_side(arguments.harm) as harm, _maybe(arguments.minus) as minus, \
             _maybe(arguments.project_out) as project_out:  # fmt: skip
         check_outside(arguments.out, base.folder, harm.folder)
-        pairs = pair_checkpoints(base, harm, None, arguments.include, arguments.exclude)
+        if isinstance(harm, Adapter) and (minus or project_out):
+            raise UserError(f"--minus and --project-out need full weights as --harm, got the adapter {arguments.harm}. "
+                            "Merge it first.")  # fmt: skip
+        pair_up: Callable[..., Pairs] = pair_adapter if isinstance(harm, Adapter) else pair_checkpoints
+        pairs = pair_up(base, harm, None, arguments.include, arguments.exclude)
         try:
             choose_rule(arguments.rule, arguments.seed, arguments.importance is not None)
             plan = plan_groups(pairs, arguments.m, density, arguments.scope)
@@ -137,19 +151,30 @@ def _extract(arguments: argparse.Namespace) -> int:
         chosen, entries = sum(count for _, count in plan), sum(pair.numel for pair in pairs.pairs)
         print(f"will read {_bytes(size)} and write {_of(chosen, entries)} to {arguments.out}")
         _print_pairs(pairs)
+        if isinstance(harm, Adapter):
+            _print_adapter(harm, base)
         if arguments.dry_run:
             return 0
-        with _progress(size, "extract", arguments.quiet) as progress:
-            vector = HarmVector.from_checkpoints(
+        with _progress(size // arguments.ranks.size, "extract", arguments.quiet or arguments.ranks.rank) as progress:
+            make: Callable[..., HarmVector] = HarmVector.from_adapter
+            controls: dict[str, Any] = {}
+            if not isinstance(harm, Adapter):
+                make, controls = HarmVector.from_checkpoints, {"minus": minus, "project_out": project_out}
+            vector = make(
                 base, harm, density=density, m=arguments.m, scope=arguments.scope, include=arguments.include,
                 exclude=arguments.exclude, importance=arguments.importance, rule=arguments.rule, seed=arguments.seed,
-                minus=minus, project_out=project_out, out=arguments.out, overwrite=arguments.overwrite,
-                memory=arguments.memory * _MIB, progress=progress,
+                **controls, out=arguments.out, values=arguments.values, overwrite=arguments.overwrite,
+                memory=arguments.memory * _MIB, progress=progress, ranks=arguments.ranks,
             )  # fmt: skip
     total, effect = vector.stats().total, vector.recipe.get("first_order_share")
     per_entry = vector.file_bytes / max(vector.entries, 1)
     print(f"extracted {_of(vector.entries, vector.n)}, {_shares(total, effect)}")
     print(f"harm vector: {arguments.out}, {_bytes(vector.file_bytes)}, {per_entry:.2f} bytes per entry")
+    if arguments.values != "exact":
+        lost = vector.recipe["values_error"]
+        print(
+            f"values in bf16: relative error {lost:.1e}; an edit has not the bits of exact values, --density is fixed"
+        )
     _warn_of_low_share(total, effect)
     print(f"next: prosocial direg apply --model {arguments.base} --harm-vector {arguments.out} --out DIR")
     return 0
@@ -170,11 +195,12 @@ def _apply(arguments: argparse.Namespace) -> int:
         if arguments.dry_run:
             return 0
         size = sum(file.size for file in model.files.values())
-        with _progress(size, "apply", arguments.quiet) as progress:
+        with _progress(size // arguments.ranks.size, "apply", arguments.quiet or arguments.ranks.rank) as progress:
             done = apply_vector(
                 model, vector, arguments.out, scale=arguments.scale, undo=arguments.undo, dtype=dtype,
                 rounding=arguments.rounding, seed=arguments.seed,
                 overwrite=arguments.overwrite, memory=arguments.memory * _MIB, progress=progress,
+                ranks=arguments.ranks,
             )  # fmt: skip
     threshold = "none" if math.isinf(done.threshold) else f"{done.threshold:.2e}"
     print(
@@ -233,7 +259,18 @@ def _inspect(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _harm_side(source: str) -> Adapter | Checkpoint:
+    return Adapter(source) if is_adapter(source) else Checkpoint(source)
+
+
 # ---- words
+
+
+def _print_adapter(adapter: Adapter, base: Checkpoint) -> None:
+    changed = len(adapter.layers) + len(adapter.replaced.keys() - adapter.layers.keys())
+    print(f"adapter: changes {changed} of {len(base.parameters)} tensors")
+    if adapter.names_another_base(base.folder):
+        print(f"note: the adapter says that it was trained on {shown(adapter.base_name)}")
 
 
 def _print_pairs(pairs: Pairs) -> None:

@@ -1,10 +1,11 @@
 """Directional harm removal (DIReg): subtract the largest entries of tuned - base, in memory or on disk.
 
-`HarmVector` keeps them in a file: made from checkpoints of any size or from models. It subtracts itself from models;
-`apply_vector` subtracts it from a checkpoint on disk, and `revert_checkpoint` takes that back. In memory alone,
-`subtract_harm_` edits for good, `harm_subtracted` for the length of a ``with`` block. `harm_vector_report` tells before
-the edit how much of the vector its largest entries carry, `harm_by_tensor` where they sit; `gradient_importance` ranks
-them by their effect, `harm_gradient` writes the same of a checkpoint and a file of harmful pairs.
+`HarmVector` keeps them in a file: made from checkpoints of any size, a LoRA adapter or models. It subtracts itself from
+models, sharded ones too; `apply_vector` subtracts it from a checkpoint on disk, `revert_checkpoint` takes that back.
+In memory alone, `subtract_harm_` edits for good, `harm_subtracted` for the length of a ``with`` block.
+`harm_vector_report` tells before the edit how much of the vector its largest entries carry, `harm_by_tensor` where they
+sit; `gradient_importance` ranks them by their effect, `harm_gradient` writes the same of a checkpoint and a file of
+harmful pairs.
 """
 
 from prosocial_ext.direg.checkpoint_edit import CheckpointEdit, apply_vector, revert_checkpoint

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections import Counter
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from prosocial_ext.direg.harm_vector import HarmVector
 from prosocial_ext.direg.live import fits
 from prosocial_ext.direg.outline import Outline, original, recorded, same, widened
 from prosocial_ext.direg.outputs import check_output, check_outside, new_folder
+from prosocial_ext.direg.ranks import ALONE, Ranks, append_part
 from prosocial_ext.direg.raw_io import write_all
 from prosocial_ext.direg.readers import word_sum
 from prosocial_ext.direg.rewrite import RECORDS, Cursor, converted, new_descriptor, rewrite, write_json
@@ -103,6 +104,7 @@ def apply_vector(
     overwrite: bool = False,
     memory: int = DEFAULT_MEMORY,
     progress: Progress = lambda _: None,
+    ranks: Ranks = ALONE,
 ) -> CheckpointEdit:
     """Write ``model - scale * vector`` to the new folder ``out``; the bits are those of the edit in memory.
 
@@ -124,6 +126,7 @@ def apply_vector(
         overwrite: A folder that is there is replaced once the new one is complete.
         memory: Bytes for buffers.
         progress: Called with the number of bytes just read of the model.
+        ranks: Of a torchrun (`prosocial_ext.direg.ranks`): they share the shards, and write the one-rank folder.
 
     Raises:
         CheckpointError: The model cannot be used or does not fit the vector, the output is taken, a file is damaged.
@@ -133,29 +136,36 @@ def apply_vector(
     with _opened(model) as checkpoint:
         planned = plan_edit(checkpoint, vector, dtype)
         check_place(Path(out), checkpoint, overwrite)
-        with new_folder(Path(out), overwrite=overwrite) as folder, contextlib.ExitStack() as stack:
-            (folder / RECORDS).mkdir()
+        with contextlib.ExitStack() as stack:
+            if ranks.rank == 0:
+                folder = stack.enter_context(new_folder(Path(out), overwrite=overwrite))
+                (folder / RECORDS).mkdir()
+            folder = Path(ranks.gather(str(folder) if ranks.rank == 0 else "")[0])
             outline = _outline(checkpoint, dtype)
             edit = _Subtraction(checkpoint, vector, scale, write)
             if undo:
                 before = {} if dtype is None else {"original": original(checkpoint, outline)}
-                edit.record(stack.enter_context(new_descriptor(folder / UNDO)), before)
-            rewrite(checkpoint, folder, edit, chunk, progress, outline)
-            edit.finish()
+                record = folder / UNDO if ranks.rank == 0 else folder / f"{UNDO}.{ranks.rank}"
+                edit.record(stack.enter_context(new_descriptor(record)), before)
+            rewrite(checkpoint, folder, edit, chunk, progress, outline, ranks)
+            edit.share(ranks)
+            edit.finish([folder / f"{UNDO}.{rank}" for rank in range(1, ranks.size)], ranks)
             done = edit.result(planned)
-            recipe = {
-                "operation": "theta - scale * harm_vector", "scale": scale, "prosocial_ext": _C.version,
-                "torch": str(torch.__version__),
-                "model": checkpoint.describe(), "harm_vector": vector.recipe, "edited": done.edited,
-                "entries": done.entries, "unchanged_after_rounding": done.unchanged, "is_base": done.is_base,
-                "effective_over_requested_norm": round(done.effective_share, 6), "undo": UNDO if undo else None,
-                "edited_in_vocabulary": in_vocabulary(vector.tensors),
-                **write.describe(),
-            }  # fmt: skip
-            write_json(folder / RECIPE, recipe)
-            with new_descriptor(folder / CARD) as descriptor:
-                card = edit_card(recipe, base_card=(folder / BASE_CARD).exists())
-                write_all(descriptor, 0, card.encode())
+            if ranks.rank == 0:
+                recipe = {
+                    "operation": "theta - scale * harm_vector", "scale": scale, "prosocial_ext": _C.version,
+                    "torch": str(torch.__version__),
+                    "model": checkpoint.describe(), "harm_vector": vector.recipe, "edited": done.edited,
+                    "entries": done.entries, "unchanged_after_rounding": done.unchanged, "is_base": done.is_base,
+                    "effective_over_requested_norm": round(done.effective_share, 6), "undo": UNDO if undo else None,
+                    "edited_in_vocabulary": in_vocabulary(vector.tensors),
+                    **write.describe(),
+                }  # fmt: skip
+                write_json(folder / RECIPE, recipe)
+                with new_descriptor(folder / CARD) as descriptor:
+                    card = edit_card(recipe, base_card=(folder / BASE_CARD).exists())
+                    write_all(descriptor, 0, card.encode())
+        ranks.gather(None)  # the folder is there
     return done
 
 
@@ -236,7 +246,8 @@ class _Subtraction:
         self._targets = _targets(checkpoint, vector)
         self._undo: SparseWriter | None = None
         self._counts: Counter[str] = Counter()
-        self._squares = [0.0, 0.0]
+        self._requested = defaultdict[str, float](float)  # squares, per tensor: their sum must not depend on the order
+        self._effective = defaultdict[str, float](float)
         self._threshold = math.inf
         self._compared: Counter[str] = Counter()  # word sums of what the vector's fingerprint covers
         self._written: Counter[str] = Counter()
@@ -278,15 +289,35 @@ class _Subtraction:
             if name == source:  # a tied head counts with its embedding
                 moved = written[place].double() - before.double()
                 self._counts.update(edited=len(place), unchanged=unchanged)
-                self._squares[0] += float(torch.linalg.vector_norm(values.double() * self._scale)) ** 2
-                self._squares[1] += float(torch.linalg.vector_norm(moved)) ** 2
+                self._requested[name] += float(torch.linalg.vector_norm(values.double() * self._scale)) ** 2
+                self._effective[name] += float(torch.linalg.vector_norm(moved)) ** 2
                 self._threshold = min(self._threshold, float(values.abs().min()))
         self._written[name] += word_sum(written)
         return written
 
-    def finish(self) -> None:
-        """Complete the record."""
-        if self._undo is not None:
+    def share(self, ranks: Ranks) -> None:
+        """Add what the other ranks have found: integers, and floats of tensors that only one rank has."""
+        own: list[dict[str, Any]] = [self._requested, self._effective, self._compared, self._written]
+        parts = ranks.gather((self._counts, own, self._threshold))
+        self._counts = sum((counts for counts, _, _ in parts), Counter())
+        self._threshold = min(threshold for _, _, threshold in parts)
+        for _, tables, _ in parts:
+            for table, found in zip(own, tables, strict=True):
+                for name, value in found.items():
+                    table[name] = value
+
+    def finish(self, parts: Sequence[Path] = (), ranks: Ranks = ALONE) -> None:
+        """Complete the record; the first rank joins the parts of the others, which come after its own."""
+        if self._undo is None:
+            return
+        if ranks.rank:
+            self._undo.finish(self._record)
+        ranks.gather(None)
+        if ranks.rank == 0:
+            for path in parts:
+                with SafetensorsFile(path) as file:
+                    append_part(self._undo, SparseReader(file, "undo"))
+                path.unlink()
             self._undo.finish({**self._record, "edited_fingerprint": self._fingerprint(self._written)})
 
     def result(self, planned: CheckpointEdit) -> CheckpointEdit:
@@ -305,8 +336,8 @@ class _Subtraction:
             unchanged=self._counts["unchanged"],
             skipped=self._counts["skipped"],
             threshold=self._threshold,
-            requested_norm=math.sqrt(self._squares[0]),
-            effective_norm=math.sqrt(self._squares[1]),
+            requested_norm=math.sqrt(math.fsum(self._requested.values())),
+            effective_norm=math.sqrt(math.fsum(self._effective.values())),
             is_base=compared == self._vector.recipe.get("base_fingerprint"),
         )
 

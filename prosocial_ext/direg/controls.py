@@ -81,7 +81,8 @@ def _coefficient(pairs: list[Pair], progress: Callable[[int], object]) -> float:
         for start in range(0, pair.numel, _BLOCK):
             stop = min(pair.numel, start + _BLOCK)
             base, tuned, other = (side.read(start, stop) for side in (pair.base, pair.tuned, pair.benign))
-            tau, beta = (side.to(pair.dtype) - base.to(pair.dtype) for side in (tuned, other))
+            tau = replace(pair, benign=None).difference(base, tuned)
+            beta = other.to(pair.dtype) - base.to(pair.dtype)
             if not bool((tau.isfinite() & beta.isfinite()).all()):
                 refuse(f"the differences at {shown(pair.name)}", "be finite", "NaN or Inf", "Repair the checkpoints.")
             gram = ops.gradient_gram([tau, beta])

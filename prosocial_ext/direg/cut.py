@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from prosocial_ext.direg.ranks import ALONE, Ranks
 from prosocial_ext.ops import _streaming as streaming
 
 __all__ = ["Cut", "ScoredBlock", "find_cut", "keys", "nothing"]
@@ -76,8 +77,9 @@ def nothing(wide: bool) -> Cut:
 
 
 def find_cut(
-    blocks: Callable[[], Iterable[ScoredBlock]], m: int, wide: bool, first_digits: Tensor | None = None
-) -> Cut:
+    blocks: Callable[[], Iterable[ScoredBlock]], m: int, wide: bool, first_digits: Tensor | None = None,
+    ranks: Ranks = ALONE,
+) -> Cut:  # fmt: skip
     """Return the cut that holds exactly ``m`` of the entries that ``blocks`` yields, at every call in the global order.
 
     Args:
@@ -85,6 +87,7 @@ def find_cut(
         m: At most the number of entries.
         wide: A score is float64.
         first_digits: The histogram of the first round, if it is known.
+        ranks: Who hold the entries: each yields its own, all of them before those of the next rank in the order.
 
     >>> scores = torch.tensor([1.0, 3.0, 3.0, 2.0])
     >>> find_cut(lambda: [(0, torch.arange(4), scores)], 2, wide=False) == Cut(int(keys(scores, False)[1]), 0, 2, False)
@@ -103,13 +106,21 @@ def find_cut(
                 if len(zeros) < len(scores):
                     zeros = torch.zeros(len(scores), device="cpu")
                 streaming.add_histogram_(histogram, [scores], [zeros[: len(scores)]], [scores], selection)
+            ranks.sum_(histogram)
         selection = streaming.settle(histogram, selection)
     if selection.need == 0:
         return Cut(selection.prefix, -1, -1, wide)
-    ties = 0
-    for tensor, positions, scores in blocks():
+    ties, found = 0, None
+    if ranks.size > 1:  # those of the ranks before come first
+        own = sum(int((keys(scores, wide) == selection.prefix).sum()) for _, _, scores in blocks())
+        ties = sum(ranks.gather(own)[: ranks.rank])
+    for tensor, positions, scores in blocks() if ties < selection.need else ():
         here = positions[keys(scores, wide) == selection.prefix]
         if ties + len(here) >= selection.need:
-            return Cut(selection.prefix, tensor, int(here[selection.need - ties - 1]), wide)
+            found = Cut(selection.prefix, tensor, int(here[selection.need - ties - 1]), wide)
+            break
         ties += len(here)
+    for cut in ranks.gather(found):
+        if cut is not None:
+            return cut
     raise AssertionError(f"{ties} ties, {selection.need} needed: the blocks changed between two calls")

@@ -15,6 +15,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,12 @@ from torch import Tensor
 from prosocial_ext.direg.cut import Cut, ScoredBlock, find_cut, keys, nothing
 from prosocial_ext.direg.errors import refuse, shown
 from prosocial_ext.direg.pairing import Pair, Pairs, groups
+from prosocial_ext.direg.ranks import ALONE, Ranks, append_part
 from prosocial_ext.direg.raw_io import read_all, write_all
 from prosocial_ext.direg.readers import Reader, word_sum
 from prosocial_ext.direg.rules import Rule, choose_rule
-from prosocial_ext.direg.sparse_file import Measure, SparseWriter
+from prosocial_ext.direg.safetensors_file import SafetensorsFile
+from prosocial_ext.direg.sparse_file import Measure, SparseReader, SparseWriter
 from prosocial_ext.ops import _streaming as streaming
 from prosocial_ext.reference import check
 from prosocial_ext.reference.topm import entry_count
@@ -81,15 +84,15 @@ def plan_groups(pairs: Pairs, m: int | None, density: float | None, scope: str) 
 
 
 def extract(
-    pairs: Pairs, descriptor: int, spill_folder: Path, *, m: int | None, density: float | None, scope: str,
+    pairs: Pairs, descriptor: int | None, spill_folder: Path, *, m: int | None, density: float | None, scope: str,
     recipe: Mapping[str, Any], rule: str | None = None, seed: int = 0, memory: int = DEFAULT_MEMORY,
-    progress: Progress = lambda _: None, always_miss: bool = False,
+    progress: Progress = lambda _: None, ranks: Ranks = ALONE, always_miss: bool = False,
 ) -> None:  # fmt: skip
     """Select and write; ``recipe`` is completed by what was found.
 
     Args:
         pairs: What is subtracted from what.
-        descriptor: Of the empty file that becomes the harm vector.
+        descriptor: Of the empty file that becomes the harm vector; None on all ranks but the first.
         spill_folder: Where a file without a name may grow to about (density + 0.02) * 8 bytes per element, 4 more each
             for a draw and for importance.
         m: How many entries of each group. Exactly one of ``m`` and ``density`` is given.
@@ -100,6 +103,7 @@ def extract(
         seed: Of the rules that draw.
         memory: Bytes for buffers.
         progress: Called with the bytes read.
+        ranks: Who share the tensors; all of them see ``spill_folder``.
         always_miss: Take the unlucky path (tests).
 
     Raises:
@@ -107,7 +111,7 @@ def extract(
         CheckpointError: A difference or an importance that is not finite; the text names the tensor.
     """
     chosen = choose_rule(rule, seed, any(pair.importance is not None for pair in pairs.pairs))
-    work = _Work(pairs.pairs, chosen, chunk_elements(memory), progress)
+    work = _Work(pairs.pairs, chosen, chunk_elements(memory), progress, ranks)
     plan = plan_groups(pairs, m, density, scope)
     total = sum(pair.numel for pair in work.pairs)
     full = {
@@ -116,14 +120,30 @@ def extract(
         "ties": "lowest position first, tensors by sorted name", "tied": pairs.tied, "left_alone": pairs.left_alone,
         "base_fingerprint": "0" * 16, "energy_share": 0.0,
     }  # fmt: skip
-    writer = SparseWriter(descriptor, "harm_vector", {pair.name: pair.shape for pair in work.pairs}, full)
-    with tempfile.TemporaryFile(prefix=".prosocial-spill-", dir=spill_folder) as file:
-        spill = _Spill(file.fileno())
+    with tempfile.TemporaryFile(prefix=".prosocial-spill-", dir=spill_folder) as file, ExitStack() as stack:
+        spill, part = _Spill(file.fileno()), ""
+        if descriptor is None:
+            named = stack.enter_context(tempfile.NamedTemporaryFile(prefix=".prosocial-part-", dir=spill_folder))
+            descriptor, part = named.fileno(), named.name
+        writer = SparseWriter(descriptor, "harm_vector", {pair.name: pair.shape for pair in work.pairs}, full)
         for group, count in plan:
-            cut = _select(work, spill, group, count, always_miss)
+            team = work.team(group)
+            if team is None:
+                continue
+            cut = _select(work, spill, group, count, always_miss, team)
             factor = chosen.factor(count, sum(work.pairs[i].numel for i in group))
-            for i in group:
+            for i in work.own(group):
                 _write(work, spill, writer, i, cut, factor)
+        work.share()
+        if ranks.rank:
+            writer.finish(full)
+        for other in ranks.gather(part)[1:]:  # the first rank joins: its own tensors came first
+            if ranks.rank == 0:
+                with SafetensorsFile(other) as written:
+                    append_part(writer, SparseReader(written, "harm_vector"))
+        ranks.gather(None)  # then the parts may go
+    if ranks.rank:
+        return
     full["base_fingerprint"] = fingerprint(
         (pair.name, str(pair.base.dtype), (pair.numel,), work.word_sums[i]) for i, pair in enumerate(work.pairs)
     )
@@ -142,6 +162,7 @@ class _Work:
     rule: Rule
     chunk: int
     progress: Progress
+    ranks: Ranks
     magnitudes: Tensor = field(default_factory=lambda: torch.zeros(streaming.BINS, dtype=torch.int64, device="cpu"))
     energy: dict[int, float] = field(default_factory=dict)  # by tensor, as the three below
     kept_energy: dict[int, float] = field(default_factory=dict)
@@ -151,6 +172,26 @@ class _Work:
 
     def __post_init__(self) -> None:
         self.wide = any(pair.dtype == torch.float64 for pair in self.pairs)
+        self._own = self.ranks.share([pair.numel for pair in self.pairs])
+
+    def own(self, group: range) -> range:
+        """This rank's tensors in a group."""
+        return range(max(group.start, self._own.start), min(group.stop, self._own.stop))
+
+    def team(self, group: range) -> Ranks | None:
+        """Who select in a group: a rank alone if all of it is one rank's, and then None on the others; else all."""
+        lone = (Ranks(rank, self.ranks.size).share([p.numel for p in self.pairs]) for rank in range(self.ranks.size))
+        if not any(run.start <= group.start and group.stop <= run.stop for run in lone):
+            return self.ranks
+        return ALONE if len(self.own(group)) == len(group) else None
+
+    def share(self) -> None:
+        """Add what the other ranks have found."""
+        self.ranks.sum_(self.magnitudes)
+        found: list[dict[int, Any]] = [self.energy, self.kept_energy, self.effect, self.kept_effect, self.word_sums]
+        for theirs in self.ranks.gather(found):
+            for mine, other in zip(found, theirs, strict=True):
+                mine.update(other)
 
 
 class _Spill:
@@ -184,24 +225,24 @@ class _Spill:
         return read_all(self._descriptor, place, place + count * dtype.itemsize).view(dtype)
 
 
-def _select(work: _Work, spill: _Spill, group: range, m: int, always_miss: bool) -> Cut:
+def _select(work: _Work, spill: _Spill, group: range, m: int, always_miss: bool, team: Ranks) -> Cut:
     wide = any(work.pairs[i].dtype == torch.float64 for i in group)
     before = work.magnitudes.clone()
-    edge = nothing(wide) if always_miss else _edge(work, group, m, wide)
+    edge = nothing(wide) if always_miss else _edge(work, group, m, wide, team)
     _gather(work, spill, group, edge)
-    if spill.entries < m:
+    if sum(team.gather(spill.entries)) < m:
         work.magnitudes.copy_(before)
         _gather(work, spill, group, None)
 
     def blocks() -> Iterator[ScoredBlock]:
-        for i in group:
+        for i in work.own(group):
             for positions, columns in spill.blocks(i):
                 yield i, positions, columns[work.rule.column]
 
-    return find_cut(blocks, m, wide)
+    return find_cut(blocks, m, wide, ranks=team)
 
 
-def _edge(work: _Work, group: range, m: int, wide: bool) -> Cut | None:
+def _edge(work: _Work, group: range, m: int, wide: bool, team: Ranks) -> Cut | None:
     """A cut that holds at least m entries, most surely, and not many more; None: hold all."""
     starts = [0]
     for i in group:
@@ -214,12 +255,13 @@ def _edge(work: _Work, group: range, m: int, wide: bool) -> Cut | None:
         return None
     drawn = torch.randint(n, (samples,), generator=torch.Generator("cpu").manual_seed(0), device="cpu").sort().values
     ends = torch.searchsorted(drawn, torch.tensor(starts, device="cpu")).tolist()
-    ranks = []
-    for k, i in enumerate(group):
+    ranks = [torch.zeros(0, dtype=torch.int64, device="cpu")]
+    for i in work.own(group):
+        k = i - group.start
         positions = drawn[ends[k] : ends[k + 1]] - starts[k]
         _, columns = _columns(work, i, positions)
         ranks.append(keys(columns[work.rule.column], wide).long())
-    sampled = torch.cat(ranks)
+    sampled = torch.cat(team.gather(torch.cat(ranks)))
     place = int(torch.sort(sampled, descending=True, stable=True).indices[rank - 1])
     k = max(k for k in range(len(group)) if ends[k] <= place)
     return Cut(int(sampled[place]), group[k], int(drawn[place]) - starts[k], wide)
@@ -228,13 +270,14 @@ def _edge(work: _Work, group: range, m: int, wide: bool) -> Cut | None:
 def _gather(work: _Work, spill: _Spill, group: range, edge: Cut | None) -> None:
     spill.clear()
     looking = streaming.Selection(0, work.wide)
-    for i in group:
+    for i in work.own(group):
         pair = work.pairs[i]
         energy, effect, total = 0.0, 0.0, 0
         for start in range(0, pair.numel, work.chunk):
             stop = min(pair.numel, start + work.chunk)
             sides, columns = _columns(work, i, range(start, stop))
-            base, tuned = sides[:2] if pair.benign is None else (torch.zeros_like(columns[0]), columns[0])
+            plain = pair.benign is None and not pair.is_delta  # else the difference itself is looked at
+            base, tuned = sides[:2] if plain else (torch.zeros_like(columns[0]), columns[0])
             if bad := streaming.add_histogram_(work.magnitudes, [base], [base], [tuned], looking):
                 what = f"the differences at {shown(pair.name)}"
                 refuse(what, "be finite", f"{bad} NaN or Inf", "Repair the checkpoints.")

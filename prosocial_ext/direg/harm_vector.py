@@ -6,7 +6,7 @@ import os
 import tempfile
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from prosocial_ext import _C
+from prosocial_ext.direg.adapter import Adapter
+from prosocial_ext.direg.arithmetic import VALUES, round_values, write_sum
 from prosocial_ext.direg.checkpoint import Checkpoint
 from prosocial_ext.direg.controls import against_benign, check_one_control
 from prosocial_ext.direg.cut import Cut, ScoredBlock, find_cut
@@ -26,7 +28,8 @@ from prosocial_ext.direg.hub import fetch_vector
 from prosocial_ext.direg.live import LiveEdit, subtract_live
 from prosocial_ext.direg.models import Weights
 from prosocial_ext.direg.outputs import check_output, check_outside, new_file
-from prosocial_ext.direg.pairing import Pairs, groups, pair_checkpoints, pair_models
+from prosocial_ext.direg.pairing import Pairs, groups, pair_adapter, pair_checkpoints, pair_models
+from prosocial_ext.direg.ranks import ALONE, Ranks
 from prosocial_ext.direg.raw_io import write_all
 from prosocial_ext.direg.safetensors_file import SafetensorsFile
 from prosocial_ext.direg.sharing import VECTOR, push_vector, save_vector
@@ -43,9 +46,9 @@ _COPY = 8 << 20
 class HarmVector:
     """Selected entries of tuned - base, on disk: opening costs the header, everything else is streamed.
 
-    Make one with `from_checkpoints`, `from_models` or `load`. It is never changed: `top` and `scale` return views of
-    the same file. Values are the float32 differences to the bit (float64 of float64 tensors), so that subtracting them
-    equals `prosocial_ext.ops.topm_subtract_` over the sorted tensor names.
+    Make one with `from_checkpoints`, `from_adapter`, `from_models` or `load`. It is never changed: `top` and `scale`
+    return views of the same file. Values are the float32 differences to the bit (float64 of float64 tensors), so that
+    subtracting them equals `prosocial_ext.ops.topm_subtract_` over the sorted tensor names.
 
     ``recipe``: what it was made from and how. ``tensors``: name, shape and number of entries of every tensor.
 
@@ -90,9 +93,11 @@ class HarmVector:
         minus: str | Path | Checkpoint | None = None,
         project_out: str | Path | Checkpoint | None = None,
         out: str | Path | None = None,
+        values: str = "exact",
         overwrite: bool = False,
         memory: int = DEFAULT_MEMORY,
         progress: Progress = lambda _: None,
+        ranks: Ranks = ALONE,
     ) -> HarmVector:
         """Extract from two checkpoints of any size: one read of both, ``memory`` bytes of buffers.
 
@@ -114,9 +119,11 @@ class HarmVector:
             project_out: A benign control whose direction is taken out instead, with one coefficient for the whole
                 model (another read; `prosocial_ext.direg.controls` has the definition).
             out: The file to write. None: a nameless temporary one, which goes with this object.
+            values: "bf16": ``out`` gets rounded values (`save`), through a temporary file beside it.
             overwrite: ``out`` may exist.
             memory: Bytes for buffers beyond what the imports take.
             progress: Called with the number of bytes just read.
+            ranks: Of a torchrun (`prosocial_ext.direg.ranks`): they share the tensors, and write the one-rank file.
 
         Raises:
             CheckpointError: A checkpoint cannot be used, the two do not match, a difference is not finite.
@@ -151,8 +158,8 @@ class HarmVector:
                 pairs = against_benign(pairs, third, project=minus is None, progress=progress)
                 recipe |= _control(pairs, benign.describe(), minus is None)
             arguments = {"m": m, "density": density, "scope": scope, "rule": rule, "seed": seed, "memory": memory,
-                         "progress": progress}  # fmt: skip
-            return cls._made(pairs, recipe, None if out is None else Path(out), overwrite, arguments)
+                         "progress": progress, "ranks": ranks}  # fmt: skip
+            return cls._made(pairs, recipe, None if out is None else Path(out), overwrite, arguments, values)
         finally:
             for source in opened:
                 source.close()
@@ -195,6 +202,61 @@ class HarmVector:
         return cls._made(pairs, recipe, None, False, arguments)
 
     @classmethod
+    def from_adapter(
+        cls,
+        base: str | Path | Checkpoint | torch.nn.Module,
+        adapter: str | Path | Adapter,
+        *,
+        density: float | None = None,
+        m: int | None = None,
+        scope: str = "global",
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        importance: Mapping[str, Tensor] | str | Path | Checkpoint | None = None,
+        rule: str | None = None,
+        seed: int = 0,
+        out: str | Path | None = None,
+        values: str = "exact",
+        overwrite: bool = False,
+        memory: int = DEFAULT_MEMORY,
+        progress: Progress = lambda _: None,
+        ranks: Ranks = ALONE,
+    ) -> HarmVector:
+        """Extract from a LoRA adapter and the base that it was trained on; other arguments as `from_checkpoints`.
+
+        The differences are the adapter's own dW in float32, by peft's ``get_delta_weight`` of the factors as peft loads
+        them, and not what merging makes of them: merging rounds base + dW to the base's dtype, and in bfloat16 that
+        erases most small entries and ties the others, so that the ranking is lost. Whole tensors in the adapter
+        (modules_to_save, biases) are differences from the base's. One dW at a time is in memory, beyond ``memory``; it
+        is torch's matrix product, whose bits are promised on one machine and not across processors.
+
+        Args:
+            base: A folder, a hub id, or a model in memory.
+            adapter: A folder or a hub id.
+
+        Raises:
+            CheckpointError: The adapter is no plain LoRA (DoRA and others: merge it first) or not of this base.
+            ValueError: An argument out of range.
+        """
+        check_scope_and_globs(scope, include, exclude)
+        if density is None and m is None:
+            density = SAFETY_ARITHMETIC_DENSITY
+        with ExitStack() as stack:
+            lora = adapter if isinstance(adapter, Adapter) else stack.enter_context(Adapter(adapter))
+            one = stack.enter_context(Checkpoint(base)) if isinstance(base, (str, Path)) else base
+            if out is not None:
+                check_outside(Path(out), lora.folder, *([one.folder] if isinstance(one, Checkpoint) else []))
+            weights = stack.enter_context(Checkpoint(importance)) if isinstance(importance, (str, Path)) else importance
+            pairs = pair_adapter(one, lora, weights, include, exclude)
+            described = one.describe() if isinstance(one, Checkpoint) else {}
+            recipe = _recipe(described, lora.describe(), density, include, exclude)
+            if isinstance(weights, Checkpoint):
+                recipe["importance"] = weights.describe()
+            arguments = {"m": m, "density": density, "scope": scope, "rule": rule, "seed": seed, "memory": memory,
+                         "progress": progress, "ranks": ranks}  # fmt: skip
+            return cls._made(pairs, recipe, None if out is None else Path(out), overwrite, arguments, values)
+
+    @classmethod
     def load(cls, path: str | Path) -> HarmVector:
         """Open a file written by `save` or ``prosocial direg extract``; entries are read when they are needed.
 
@@ -203,14 +265,23 @@ class HarmVector:
         """
         return cls(SparseReader(SafetensorsFile(path), "harm_vector"))
 
-    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+    def save(self, path: str | Path, *, values: str = "exact", overwrite: bool = False) -> None:
         """Write this vector, or view, as a file of its own (docs/harm_vector.md).
+
+        Args:
+            path: The file.
+            values: "bf16" rounds the values: 2 bytes instead of 4 per entry, an edit that no longer has the bits of
+                `prosocial_ext.ops.topm_subtract_`, no `top`. The recipe's ``values_error`` tells the relative error.
+            overwrite: It may exist.
 
         Raises:
             CheckpointError: ``path`` exists and ``overwrite`` is False, or cannot be written.
         """
+        check.choice("values", values, VALUES)
         with new_file(Path(path), overwrite=overwrite) as descriptor:
-            if self._cuts is None and self._factor == 1.0:
+            if values == "bf16":
+                round_values(descriptor, self)
+            elif self._cuts is None and self._factor == 1.0:
                 file = self._reader.file
                 for start in range(0, file.size, _COPY):
                     write_all(descriptor, start, file.read_bytes(start, min(file.size, start + _COPY)))
@@ -296,6 +367,10 @@ class HarmVector:
         """The size of the file behind this vector."""
         return self._reader.file.size
 
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of a tensor's values: float32, of a float64 tensor float64; 16 bits in the file are widened."""
+        return torch.float64 if self._reader.dtype(name) == torch.float64 else torch.float32
+
     def blocks(self, name: str) -> Iterator[Block]:
         """Yield a tensor's entries as blocks of ascending flat positions (int64) and values.
 
@@ -307,6 +382,7 @@ class HarmVector:
                 number, cut = self._cuts[name]
                 held = cut.holds(values, number, positions)
                 positions, values = positions[held], values[held]
+            values = values.to(self.dtype(name))
             if self._factor != 1.0:
                 values = values * self._factor
                 if not bool(values.isfinite().all()):
@@ -321,8 +397,11 @@ class HarmVector:
             m: Their number instead.
 
         Raises:
-            ValueError: More entries than are stored, or the vector was ranked otherwise than by magnitude.
+            ValueError: More entries than are stored; the vector was ranked otherwise than by magnitude, is a sum, or
+                has rounded values, whose ties hide the order.
         """
+        if self.recipe.get("values", "exact") != "exact":
+            refuse("top", "be asked of a vector with exact values", shown(self.recipe["values"]), "Extract again.")
         if self.recipe.get("rank") != "magnitude":
             refuse("top", "be asked of a vector ranked by magnitude", shown(self.recipe.get("rank")), "Extract again.")
         names = list(self.tensors)
@@ -357,6 +436,27 @@ class HarmVector:
         view.recipe = {**self.recipe, "factor": self.recipe.get("factor", 1.0) * factor}
         return view
 
+    def __add__(self, other: HarmVector) -> HarmVector:
+        """Add on the union of the stored entries (one rounding), in a nameless temporary file.
+
+        What either vector left out counts as 0. The energy of the result is that of its entries.
+
+        Raises:
+            CheckpointError: Shapes or ties differ, a sum is not finite.
+
+        >>> zero = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = torch.nn.init.zeros_(zero.weight)
+        >>> one = HarmVector.from_models(zero, {"weight": torch.tensor([[1.0, 0.0]])}, m=1)
+        >>> other = HarmVector.from_models(zero, {"weight": torch.tensor([[2.0, 3.0]])}, m=1)
+        >>> list((one + other).blocks("weight"))
+        [(tensor([0, 1]), tensor([1., 3.]))]
+        """
+        return self._summed(other, 1)
+
+    def __sub__(self, other: HarmVector) -> HarmVector:
+        """Subtract on the union of the stored entries; otherwise as ``+``."""
+        return self._summed(other, -1)
+
     def stats(self) -> HarmVectorStats:
         """Count entries and energy per tensor, module and in all; reads every value once."""
         rows = []
@@ -374,7 +474,8 @@ class HarmVector:
         The bits are those of `prosocial_ext.ops.topm_subtract_`. Parameters stay on their devices; all or nothing.
 
         Args:
-            model: The base, or another model of its architecture; may be a peft model.
+            model: The base, or another model of its architecture; may be a peft model, lie on several devices, or be
+                sharded by rows (FSDP2, DTensor): then every rank calls this, and edits its own shards.
             scale: The dose lambda; 1 takes the whole difference back.
 
         Raises:
@@ -419,16 +520,45 @@ class HarmVector:
 
     @classmethod
     def _made(
-        cls, pairs: Pairs, recipe: dict[str, Any], out: Path | None, overwrite: bool, arguments: dict[str, Any]
-    ) -> HarmVector:
+        cls, pairs: Pairs, recipe: dict[str, Any], out: Path | None, overwrite: bool, arguments: dict[str, Any],
+        values: str = "exact",
+    ) -> HarmVector:  # fmt: skip
+        check.choice("values", values, VALUES)
         if out is not None:
             check_output(out, overwrite=overwrite, folder=False)
+        elif values != "exact":
+            check.fail("values", "be 'exact' where out is None", repr(values), "Call save(path, values='bf16').")
+        ranks: Ranks = arguments.get("ranks", ALONE)
+        if out is None and ranks.size > 1:
+            check.fail("out", "be a file where several ranks write it", None)
+        folder = Path(tempfile.gettempdir()) if out is None else out.parent
+        if ranks.rank:
+            assert out is not None
+            extract(pairs, None, folder, recipe=recipe, **arguments)
+        elif out is None:
+            with tempfile.TemporaryFile(prefix="harm-") as file:
+                extract(pairs, file.fileno(), folder, recipe=recipe, **arguments)
+                return cls._unnamed(file.fileno())
+        elif values == "exact":
             with new_file(out, overwrite=overwrite) as descriptor:
-                extract(pairs, descriptor, out.parent, recipe=recipe, **arguments)
-            return cls.load(out)
+                extract(pairs, descriptor, folder, recipe=recipe, **arguments)
+        else:
+            with tempfile.TemporaryFile(prefix=".prosocial-exact-", dir=folder) as file:
+                extract(pairs, file.fileno(), folder, recipe=recipe, **arguments)
+                cls._unnamed(file.fileno()).save(out, values=values, overwrite=overwrite)
+        ranks.gather(None)  # the file is there
+        return cls.load(out)
+
+    def _summed(self, other: HarmVector, sign: int) -> HarmVector:
+        if not isinstance(other, HarmVector):
+            return NotImplemented
         with tempfile.TemporaryFile(prefix="harm-") as file:
-            extract(pairs, file.fileno(), Path(tempfile.gettempdir()), recipe=recipe, **arguments)
-            return cls(SparseReader(SafetensorsFile("the harm vector", os.dup(file.fileno())), "harm_vector"))
+            write_sum(file.fileno(), self, other, sign)
+            return self._unnamed(file.fileno())
+
+    @classmethod
+    def _unnamed(cls, descriptor: int) -> HarmVector:
+        return cls(SparseReader(SafetensorsFile("the harm vector", os.dup(descriptor)), "harm_vector"))
 
     def _scored(self, names: Sequence[str], group: range) -> Iterator[ScoredBlock]:
         """Entries before scaling, which must not make ties."""
@@ -444,7 +574,7 @@ class HarmVector:
             for positions, _ in self.blocks(name):
                 measure.add(positions)
             energy = tensor.energy * self._factor**2
-            writer.begin(name, tensor.shape, tensor.numel, self._reader.dtype(name), measure, energy)
+            writer.begin(name, tensor.shape, tensor.numel, self.dtype(name), measure, energy)
             for positions, values in self.blocks(name):
                 writer.append(positions, values)
         writer.finish(self.recipe, self.magnitudes)

@@ -37,7 +37,7 @@ def fetch(source: str) -> tuple[Path, str | None]:
     if folder.is_dir():
         return folder, None
     name, _, revision = source.partition("@")
-    patterns = ["*.safetensors", "*.safetensors.index.json", *CARRIED]
+    patterns = ["*.safetensors", "*.safetensors.index.json", "adapter_config.json", *CARRIED]
     return _snapshot(source, name, revision or None, patterns)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,6 +13,7 @@ from torch import Tensor
 from prosocial_ext import ops
 from prosocial_ext.direg.checkpoint import is_vocabulary
 from prosocial_ext.direg.errors import listed, refuse, shown
+from prosocial_ext.direg.shards import local_part, reshard
 from prosocial_ext.direg.sparse_file import Block, SparseTensor
 from prosocial_ext.ops import SparseDelta, TopmEdit
 
@@ -34,11 +36,13 @@ class LiveEdit:
     """What an edit of a live model did, and the originals.
 
     ``scale``: the dose. ``edits``: a `TopmEdit` per parameter, by name, with its undo record (10 to 12 bytes an entry).
+    Of a sharded model all of it is about this rank's shards.
     """
 
     scale: float
     edits: dict[str, TopmEdit]
     _params: dict[str, Tensor]
+    _model: weakref.ref[torch.nn.Module]
 
     @property
     def kept(self) -> int:
@@ -52,19 +56,22 @@ class LiveEdit:
 
     def revert_(self) -> None:
         """Restore every bit."""
+        if (model := self._model()) is not None:
+            reshard(model)
         for name, edit in self.edits.items():
-            edit.revert_(self._params[name])
+            edit.revert_(local_part(name, self._params[name])[0])
 
 
 def subtract_live(model: torch.nn.Module, vector: Vector, scale: float) -> LiveEdit:
     """Subtract ``scale * vector`` from the parameters of ``model``; all or nothing.
 
     Parameters are looked up by name, those of a peft model by the name that they have in its base model. Each stays on
-    its device.
+    its device; of one that FSDP2 or DTensor has sharded by rows, every rank edits its own, without communication.
 
     Raises:
         CheckpointError: A tensor of the vector that the model lacks or has in another shape or kind; a damaged vector.
     """
+    reshard(model)
     params = _parameters(model)
     names = [name for name in vector.tensors if vector.tensors[name].entries]
     remedy = "Where loading renames or merges tensors, edit the checkpoint on disk: prosocial direg apply."
@@ -75,17 +82,16 @@ def subtract_live(model: torch.nn.Module, vector: Vector, scale: float) -> LiveE
         param, shape = params[name], vector.tensors[name].shape
         if not fits(name, shape, tuple(param.shape)):
             refuse(f"parameter {shown(name)}", f"have the vector's shape {list(shape)}", list(param.shape), remedy)
-        if type(param.data) is not Tensor:
-            kind = type(param.data).__name__
-            refuse(f"parameter {shown(name)}", "be a plain tensor", f"a {kind}", "Edit the checkpoint on disk.")
+        local_part(name, param)
         if other := seen.get(id(param)):
             refuse(f"parameter {shown(name)}", "be untied, as it was for the vector", f"one tied to {shown(other)}")
         seen[id(param)] = name
     edits: dict[str, TopmEdit] = {}
-    edit = LiveEdit(scale, edits, params)
+    edit = LiveEdit(scale, edits, params, weakref.ref(model))
     try:
         for name in names:
-            edits[name] = ops.sparse_subtract_(params[name], _delta(vector, name, params[name]), scale=scale, undo=True)
+            local, first = local_part(name, params[name])
+            edits[name] = ops.sparse_subtract_(local, _delta(vector, name, local, first), scale=scale, undo=True)
     except BaseException:
         edit.revert_()
         raise
@@ -114,11 +120,15 @@ def _is_peft(model: torch.nn.Module) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "base_model")
 
 
-def _delta(vector: Vector, name: str, param: Tensor) -> SparseDelta:
-    found = [(p[p < param.numel()], v[p < param.numel()]) for p, v in vector.blocks(name)]
+def _delta(vector: Vector, name: str, local: Tensor, first: int) -> SparseDelta:
+    """The entries of the flat positions from ``first`` on that ``local`` holds."""
+    found = []
+    for positions, values in vector.blocks(name):
+        here = (positions >= first) & (positions < first + local.numel())
+        found.append((positions[here] - first, values[here]))
     real = found[0][1].dtype
-    positions = torch.cat([p for p, _ in found]).to(param.device)
-    values = torch.cat([v for _, v in found]).to(param.device)
-    counts = torch.tensor([len(positions)], device=param.device)
-    smallest = values.abs().min() if len(values) else torch.tensor(torch.inf, dtype=real, device=param.device)
-    return SparseDelta(positions, values, counts, smallest.reshape(1), (tuple(param.shape),), (real,))
+    positions = torch.cat([p for p, _ in found]).to(local.device)
+    values = torch.cat([v for _, v in found]).to(local.device)
+    counts = torch.tensor([len(positions)], device=local.device)
+    smallest = values.abs().min() if len(values) else torch.tensor(torch.inf, dtype=real, device=local.device)
+    return SparseDelta(positions, values, counts, smallest.reshape(1), (tuple(local.shape),), (real,))

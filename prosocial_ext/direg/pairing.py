@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -10,15 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prosocial_ext.direg.adapter import Adapter
 from prosocial_ext.direg.checkpoint import Checkpoint, is_vocabulary
 from prosocial_ext.direg.errors import listed, refuse, shown
-from prosocial_ext.direg.models import Weights, matching_parameters
+from prosocial_ext.direg.models import Weights, matching_parameters, named_floats
 from prosocial_ext.direg.readers import Reader, TensorReader
 from prosocial_ext.reference import check
 
-__all__ = ["SCOPES", "Pair", "Pairs", "groups", "pair_checkpoints", "pair_models"]
+__all__ = ["SCOPES", "Pair", "Pairs", "groups", "pair_adapter", "pair_checkpoints", "pair_models"]
 
 SCOPES = ("global", "per_tensor", "per_layer")
+_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Pair:
     """One tensor on both sides; the first ``numel`` elements take part.
 
     ``benign``: the same tensor of a benign control, whose difference is taken off ``coefficient`` times.
+    ``is_delta``: ``tuned`` gives what was added to the base, and not the tuned weights.
     """
 
     name: str
@@ -36,6 +40,7 @@ class Pair:
     importance: Reader | None = None
     benign: Reader | None = None
     coefficient: float = 1.0
+    is_delta: bool = False
 
     @property
     def sides(self) -> list[Reader]:
@@ -50,7 +55,7 @@ class Pair:
     def difference(self, base: Tensor, tuned: Tensor, benign: Tensor | None = None) -> Tensor:
         """Return what is selected from, of the same entries of every side; each step is rounded once."""
         plain = base.to(self.dtype)
-        values = tuned.to(self.dtype) - plain
+        values = tuned.to(self.dtype) if self.is_delta else tuned.to(self.dtype) - plain
         if benign is None:
             return values
         times = torch.tensor(self.coefficient, dtype=self.dtype, device="cpu")
@@ -133,12 +138,45 @@ def pair_models(
     by_name = {name: i for i, name in enumerate(names)}
     pairs = []
     for name in _chosen(names, include, exclude):
-        one, other, *weight = (TensorReader(tensors[by_name[name]]) for tensors in found.values())
-        tensor = found["model"][by_name[name]]
-        pairs.append(Pair(name, tuple(tensor.shape), tensor.numel(), one, other, weight[0] if weight else None))
-    every = dict(base.named_parameters(remove_duplicate=False))
-    tied = {alias: name for alias, p in every.items() for name in names if alias != name and every[name] is p}
-    return Pairs(pairs, tied)
+        readers = {label: TensorReader(tensors[by_name[name]]) for label, tensors in found.items()}
+        tensor, weight = found["model"][by_name[name]], readers.get("importance")
+        pairs.append(Pair(name, tuple(tensor.shape), tensor.numel(), readers["model"], readers["tuned"], weight))
+    return Pairs(pairs, _aliases(base, names))
+
+
+def pair_adapter(
+    base: Checkpoint | torch.nn.Module, adapter: Adapter, importance: Checkpoint | Mapping[str, Tensor] | None = None,
+    include: Sequence[str] = (), exclude: Sequence[str] = (),
+) -> Pairs:  # fmt: skip
+    """Pair up a base, on disk or in memory, with what a LoRA adapter adds to each of its tensors.
+
+    All parameters of the base take part; where the adapter has nothing, the difference is 0.
+
+    Raises:
+        CheckpointError: The adapter does not fit the base, a glob matches nothing, nothing is left.
+    """
+    own: dict[str, tuple[tuple[int, ...], Reader]]
+    if isinstance(base, Checkpoint):
+        own = {name: (base.entry(name).shape, base.reader(name)) for name in base.parameters}
+        tied, left_alone = base.tied, base.left_alone
+    else:
+        named = named_floats("base", base)
+        own = {name: (tuple(p.shape), TensorReader(p)) for name, p in sorted(named.items())}
+        tied, left_alone = _aliases(base, list(named)), {}
+    adapter.check({name: shape for name, (shape, _) in own.items()}, tied)
+    pairs = []
+    for name in _chosen(list(own), include, exclude):
+        shape, reader = own[name]
+        replacement, weight = adapter.replacement(name), _weight(importance, name, shape)
+        numel = math.prod(shape)
+        if replacement is not None and name in adapter.layers:
+            if not _equal(reader, replacement, numel):
+                refuse(f"{shown(name)} in {adapter.file.path}", "be the base's where LoRA adds to it", "another",
+                       "Merge the adapter first, or save it with save_embedding_layers=False.")  # fmt: skip
+            replacement = None
+        tuned = replacement or adapter.delta(name, shape)
+        pairs.append(Pair(name, shape, numel, reader, tuned, weight, is_delta=replacement is None))
+    return Pairs(pairs, dict(tied), dict(left_alone))
 
 
 def groups(names: Sequence[str], scope: str) -> list[range]:
@@ -154,6 +192,20 @@ def groups(names: Sequence[str], scope: str) -> list[range]:
         i for i, name in enumerate(names) if i == 0 or scope == "per_tensor" or _layer(name) != _layer(names[i - 1])
     ]
     return [range(start, stop) for start, stop in zip(starts, [*starts[1:], len(names)], strict=True)]
+
+
+def _aliases(model: torch.nn.Module, names: Sequence[str]) -> dict[str, str]:
+    """Names under which a tied parameter comes again, and the one of ``names`` that it is counted under."""
+    every = dict(model.named_parameters(remove_duplicate=False))
+    first = {id(every[name]): name for name in names}
+    return {alias: first[id(p)] for alias, p in every.items() if first.get(id(p), alias) != alias}
+
+
+def _equal(one: Reader, other: Reader, numel: int) -> bool:
+    if one.dtype != other.dtype:
+        return False
+    starts = range(0, numel, _BLOCK)
+    return all(torch.equal(one.read(i, min(numel, i + _BLOCK)), other.read(i, min(numel, i + _BLOCK))) for i in starts)
 
 
 def _layer(name: str) -> str:

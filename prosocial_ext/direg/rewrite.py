@@ -21,6 +21,7 @@ from prosocial_ext.direg.checkpoint import INDEX, SINGLE, Checkpoint
 from prosocial_ext.direg.errors import refuse, shown
 from prosocial_ext.direg.hub import CARRIED
 from prosocial_ext.direg.outline import Outline
+from prosocial_ext.direg.ranks import ALONE, Ranks
 from prosocial_ext.direg.raw_io import write_all
 from prosocial_ext.direg.safetensors_file import DTYPES
 from prosocial_ext.direg.sparse_file import Block
@@ -80,9 +81,15 @@ def rewrite(
     chunk: int,
     progress: Callable[[int], object],
     outline: Outline,
+    ranks: Ranks = ALONE,
 ) -> None:
-    """Write the edited checkpoint into ``folder``, which is new and empty, under the headers of ``outline``."""
-    for name, file in checkpoint.files.items():
+    """Write the edited checkpoint into ``folder``, which is new and empty, under the headers of ``outline``.
+
+    Each rank writes its share of the shards, the first one the rest.
+    """
+    names = list(checkpoint.files)
+    for i in ranks.share([file.size for file in checkpoint.files.values()]):
+        name, file = names[i], checkpoint.files[names[i]]
         with new_descriptor(folder / name) as descriptor:
             header, entries = outline.headers[name], outline.entries(name)
             write_all(descriptor, 0, header)
@@ -105,6 +112,8 @@ def rewrite(
                     write_all(descriptor, begin + shift, raw)
                     progress(raw.nbytes)
             os.ftruncate(descriptor, len(header) + max((entry.stop for entry in entries.values()), default=0))
+    if ranks.rank:
+        return
     for path in carried(checkpoint.folder, [] if SINGLE in checkpoint.files else [INDEX]):
         if (new_name := outline.names.get(path.name, path.name)) is None:
             continue

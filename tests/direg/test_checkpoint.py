@@ -89,6 +89,11 @@ def test_quantised_checkpoints_are_refused_by_name(
         Checkpoint(write(tmp_path / "q", tensors, config))
 
 
+def test_float64_is_no_quantised_dtype(tmp_path: Path) -> None:
+    with Checkpoint(write(tmp_path / "wide", {"w": torch.zeros(2, dtype=torch.float64)})) as checkpoint:
+        assert checkpoint.parameters == ["w"]
+
+
 def test_a_config_may_hold_numbers_that_json_does_not_know(tmp_path: Path) -> None:
     folder = write(tmp_path / "m", {"w": torch.zeros(2)})
     (folder / "config.json").write_text('{"time_step_limit": [0.0, Infinity], "longest": 1000000000000000019884624}')

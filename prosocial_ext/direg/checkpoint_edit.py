@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from prosocial_ext import _C, ops
+from prosocial_ext import _C
 from prosocial_ext.direg.checkpoint import Checkpoint
 from prosocial_ext.direg.errors import listed, refuse, shown
 from prosocial_ext.direg.extract import DEFAULT_MEMORY, Progress, chunk_elements, fingerprint
@@ -23,7 +23,7 @@ from prosocial_ext.direg.readers import word_sum
 from prosocial_ext.direg.rewrite import RECORDS, Cursor, new_descriptor, rewrite, write_json
 from prosocial_ext.direg.safetensors_file import DTYPES, WORDS, SafetensorsFile
 from prosocial_ext.direg.sparse_file import Measure, SparseReader, SparseWriter
-from prosocial_ext.ops import SparseDelta
+from prosocial_ext.ops._stream import Buffers, subtract_
 from prosocial_ext.reference.topm import check_scale
 
 __all__ = ["UNDO", "CheckpointEdit", "apply_vector", "check_place", "plan_edit", "revert_checkpoint"]
@@ -209,6 +209,7 @@ class _Subtraction:
         self._undo: SparseWriter | None = None
         self._counts: Counter[str] = Counter()
         self._squares = [0.0, 0.0]
+        self._buffers = Buffers()
         self._threshold = math.inf
         self._compared: Counter[str] = Counter()  # word sums of what the vector's fingerprint covers
         self._written: Counter[str] = Counter()
@@ -241,25 +242,14 @@ class _Subtraction:
         self._compared[name] += word_sum(elements[:compared])
         positions, values = self._cursor.take(start + len(elements))
         if len(positions):
-            place = positions - start
-            before = elements[place]
-            delta = SparseDelta(
-                place,
-                values,
-                torch.tensor([len(place)], device="cpu"),
-                values[:1],
-                ((len(elements),),),
-                (values.dtype,),
-            )
-            edit = ops.sparse_subtract_(elements, delta, scale=self._scale)
+            done = subtract_(elements, start, positions, values, self._scale, self._buffers)
             if self._undo is not None:
-                self._undo.append(positions, before)
+                self._undo.append(positions, done.before)
             if name == source:  # a tied head counts with its embedding
-                moved = elements[place].double() - before.double()
-                self._counts.update(edited=len(place), unchanged=int(edit.unchanged.sum()))
-                self._squares[0] += float(torch.linalg.vector_norm(values.double() * self._scale)) ** 2
-                self._squares[1] += float(torch.linalg.vector_norm(moved)) ** 2
-                self._threshold = min(self._threshold, float(values.abs().min()))
+                self._counts.update(edited=len(positions), unchanged=done.unchanged)
+                self._squares[0] += done.requested
+                self._squares[1] += done.effective
+                self._threshold = min(self._threshold, done.smallest)
         self._written[name] += word_sum(elements)
 
     def finish(self) -> None:

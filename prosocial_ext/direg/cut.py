@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from prosocial_ext.ops import _streaming as streaming
+from prosocial_ext.ops._stream import Edge
 
 __all__ = ["Cut", "ScoredBlock", "find_cut", "keys", "nothing"]
 
+_ALL = 1 << 62  # above every position
 ScoredBlock = tuple[int, Tensor, Tensor]  # tensor's number, ascending positions, scores
 
 
@@ -37,21 +39,20 @@ class Cut:
         >>> two.holds(torch.tensor([2.0, -3.0, 2.0]), 0, torch.tensor([0, 1, 2]))
         tensor([ True,  True, False])
         """
-        place = torch.tensor(self.position, device="cpu")
-        return self._mask(scores, tensor, lambda: int(torch.searchsorted(positions, place, right=True)))
-
-    def holds_run(self, scores: Tensor, tensor: int, start: int) -> Tensor:
-        """Return the same for a block of all positions from ``start`` on."""
-        return self._mask(scores, tensor, lambda: min(max(self.position + 1 - start, 0), len(scores)))
-
-    def _mask(self, scores: Tensor, tensor: int, inside: Callable[[], int]) -> Tensor:
         ranks = keys(scores, self.wide)
         if tensor != self.tensor:
             return ranks >= self.key if tensor < self.tensor else ranks > self.key
-        mask = ranks > self.key
-        until = inside()
-        mask[:until] = ranks[:until] >= self.key
-        return mask
+        return (ranks > self.key) | (ranks == self.key) & (positions <= self.position)
+
+    def edge(self, tensor: int, start: int = 0) -> Edge:
+        """Return the same for the kernels: as seen from element ``start`` of a tensor.
+
+        >>> Cut(key=7, tensor=1, position=9, wide=False).edge(1, start=4)
+        Edge(key=7, index=5, wide=False)
+        """
+        if tensor == self.tensor:
+            return Edge(self.key, self.position - start, self.wide)
+        return Edge(self.key, _ALL if tensor < self.tensor else -1, self.wide)
 
 
 def keys(scores: Tensor, wide: bool) -> Tensor:

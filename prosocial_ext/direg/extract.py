@@ -26,9 +26,9 @@ from prosocial_ext.direg.cut import Cut, ScoredBlock, find_cut, keys, nothing
 from prosocial_ext.direg.errors import refuse, shown
 from prosocial_ext.direg.pairing import Pair, Pairs, groups
 from prosocial_ext.direg.raw_io import read_all, write_all
-from prosocial_ext.direg.readers import word_sum
 from prosocial_ext.direg.sparse_file import Block, Measure, SparseWriter
 from prosocial_ext.ops import _streaming as streaming
+from prosocial_ext.ops._stream import EVERYTHING, Collector, keep
 from prosocial_ext.reference import check
 from prosocial_ext.reference.topm import entry_count
 
@@ -136,7 +136,7 @@ class _Work:
     word_sums: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.wide = any(pair.dtype == torch.float64 for pair in self.pairs)
+        self.collector = Collector(self.magnitudes, any(pair.dtype == torch.float64 for pair in self.pairs))
 
 
 class _Spill:
@@ -216,7 +216,6 @@ def _edge(pairs: Sequence[Pair], group: range, m: int, wide: bool) -> Cut | None
 
 def _gather(work: _Work, spill: _Spill, group: range, edge: Cut | None) -> None:
     spill.clear()
-    looking = streaming.Selection(0, work.wide)
     for i in group:
         pair = work.pairs[i]
         energy, total = 0.0, 0
@@ -224,19 +223,18 @@ def _gather(work: _Work, spill: _Spill, group: range, edge: Cut | None) -> None:
             stop = min(pair.numel, start + work.chunk)
             base, tuned = pair.base.read(start, stop), pair.tuned.read(start, stop)
             weight = None if pair.importance is None else pair.importance.read(start, stop)
-            if bad := streaming.add_histogram_(work.magnitudes, [base], [base], [tuned], looking):
+            place = EVERYTHING if edge is None else edge.edge(i, start)
+            looked = work.collector.look(base, tuned, weight, pair.dtype, place)
+            if looked.bad_values:
                 what = f"the differences at {shown(pair.name)}"
-                refuse(what, "be finite", f"{bad} NaN or Inf", "Repair the checkpoints.")
-            if weight is not None and not bool((weight.isfinite() & (weight >= 0)).all()):
+                refuse(what, "be finite", f"{looked.bad_values} NaN or Inf", "Repair the checkpoints.")
+            if looked.bad_weights:
                 refuse(f"importance of {shown(pair.name)}", "be finite and not negative", "other entries")
-            values, scores = _differ(pair, base, tuned, weight)
-            if weight is not None and not bool(scores.isfinite().all()):
+            if looked.bad_scores:
                 refuse(f"difference times importance at {shown(pair.name)}", "be finite", "Inf", "Scale it down.")
-            energy += float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
-            total += word_sum(base)
-            held = torch.ones_like(scores, dtype=torch.bool) if edge is None else edge.holds_run(scores, i, start)
-            offsets = held.nonzero().flatten()
-            spill.append(i, start, offsets, values[offsets], None if weight is None else scores[offsets])
+            energy += math.sqrt(looked.energy) ** 2  # rounded as the kept energy that it is compared with
+            total += looked.word_sum
+            spill.append(i, start, looked.offsets, looked.values, looked.scores)
             work.progress(base.nbytes + tuned.nbytes)
         work.energy[i], work.word_sums[i] = float(f"{energy:.9e}"), total % 2**64
 
@@ -252,8 +250,7 @@ def _write(work: _Work, spill: _Spill, writer: SparseWriter, i: int, cut: Cut) -
 
     def chosen() -> Iterator[Block]:
         for positions, values, scores in spill.blocks(i):
-            held = cut.holds(scores, i, positions)
-            yield positions[held], values[held]
+            yield keep(positions, values, scores, cut.edge(i))
 
     measure = Measure()
     for positions, _ in chosen():

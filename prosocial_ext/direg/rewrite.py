@@ -65,6 +65,8 @@ class Cursor:
                 break
         if not parts:
             return torch.zeros(0, dtype=torch.int64, device="cpu"), torch.zeros(0, device="cpu")
+        if len(parts) == 1:
+            return parts[0]
         return torch.cat([p for p, _ in parts]), torch.cat([v for _, v in parts])
 
 

@@ -81,17 +81,37 @@ void pse::register_stream(py::module_& m) {
         py::arg("edit"), "subtract entries from a chunk (csrc/cpu/stream.cpp)");
     m.def(
         "stream_keep",
-        [](uintptr_t positions, uintptr_t values, uintptr_t scores, int64_t n, bool wide, bool wide_keys, uint64_t key,
-           int64_t index, uintptr_t kept_positions, uintptr_t kept_values) {
+        [](uintptr_t offsets, int64_t first, uintptr_t values, uintptr_t scores, int64_t n, bool wide, bool wide_keys,
+           uint64_t key, int64_t index, uintptr_t kept_positions, uintptr_t kept_values) {
             return without_gil([&] {
-                return cpu().stream->keep(pointer<const int64_t>(positions), pointer(values), pointer(scores), n, wide,
-                                          wide_keys, key, index, pointer<int64_t>(kept_positions),
+                return cpu().stream->keep(pointer<const int32_t>(offsets), first, pointer(values), pointer(scores), n,
+                                          wide, wide_keys, key, index, pointer<int64_t>(kept_positions),
                                           pointer(kept_values));
             });
         },
-        py::arg("positions"), py::arg("values"), py::arg("scores"), py::arg("n"), py::arg("wide"), py::arg("wide_keys"),
-        py::arg("key"), py::arg("index"), py::arg("kept_positions"), py::arg("kept_values"),
+        py::arg("offsets"), py::arg("first"), py::arg("values"), py::arg("scores"), py::arg("n"), py::arg("wide"),
+        py::arg("wide_keys"), py::arg("key"), py::arg("index"), py::arg("kept_positions"), py::arg("kept_values"),
         "entries that (key, index) holds; returns their number");
+    m.def(
+        "stream_add_digits",
+        [](uintptr_t scores, int64_t n, bool wide, bool wide_keys, uint64_t prefix, int round, uintptr_t histogram) {
+            without_gil([&] {
+                cpu().stream->add_digits(pointer(scores), n, wide, wide_keys, prefix, round,
+                                         pointer<int64_t>(histogram));
+            });
+        },
+        py::arg("scores"), py::arg("n"), py::arg("wide"), py::arg("wide_keys"), py::arg("prefix"), py::arg("round"),
+        py::arg("histogram"), "add the digits of keys to a histogram");
+    m.def(
+        "stream_find_ties",
+        [](uintptr_t scores, int64_t n, bool wide, bool wide_keys, uint64_t key, int64_t most) {
+            int64_t place = -1;
+            const int64_t found = without_gil(
+                [&] { return cpu().stream->find_ties(pointer(scores), n, wide, wide_keys, key, most, &place); });
+            return std::pair<int64_t, int64_t>(found, place);
+        },
+        py::arg("scores"), py::arg("n"), py::arg("wide"), py::arg("wide_keys"), py::arg("key"), py::arg("most"),
+        "(scores of this key, up to most; place of the last of these)");
     m.def(
         "stream_gap_bytes",
         [](uintptr_t positions, int64_t n, int64_t previous) {

@@ -3,8 +3,10 @@
 // collect  one look at a chunk: difference, histogram, energy, fingerprint, and the entries at or above an edge.
 //          Tasks of fixed size write what they keep at their own place in the buffers; it is moved together at the end,
 //          so the order and every sum depend on the chunk alone.
-// keep, gaps, bits, subtract: the same data as entries, on their way into and out of a file.
+// the rest the same data as entries, on their way into and out of a file.
 #include "cpu/stream.h"
+
+#include <type_traits>
 
 #include "cpu/at_least.h"
 #include "cpu/convert.h"
@@ -210,62 +212,87 @@ static void collect(StreamChunk& chunk) {
     return collect_as<float, uint32_t>(chunk);
 }
 
-// ---- keep
+// ---- entries that were kept
 
-template <class Real, class Key>
-static int64_t keep_as(const int64_t* positions, const Real* values, const Real* scores, int64_t n,
-                       const Bound<Key>& bound, int64_t* kept_positions, Real* kept_values) {
-    // Positions ascend, so the bound's index becomes a place in the block.
-    int64_t place = 0;
-    for (int64_t step = n; step > 0;) {
-        const int64_t half = step / 2;
-        if (positions[place + half] <= bound.index) {
-            place += half + 1;
-            step -= half + 1;
-        } else {
-            step = half;
-        }
-    }
-    const Bound<Key> here = {bound.key, place - 1};
-    int64_t kept = 0;
+// Calls body(place, keys, number of them) for groups of scores; the keys of the last one are padded with 0.
+template <class Key, class Real, class Body>
+static inline __attribute__((always_inline)) void for_each_group(const Real* scores, int64_t n, const Body& body) {
     Key key[kGroup];
-    int64_t position[kGroup] = {};
-    Real value[kGroup] = {};
     for (int64_t start = 0; start < n; start += kGroup) {
         const int count = int(n - start < kGroup ? n - start : kGroup);
         for (int i = 0; i < count; ++i) score_key(scores[start + i], &key[i]);
         for (int i = count; i < kGroup; ++i) key[i] = 0;
-        uint32_t mask = held(key, here, start);
-        if (count < kGroup) mask &= (uint32_t(1) << count) - 1;
-        if (kept_positions != nullptr) {
-            if (count == kGroup) {
-                put_kept(mask, positions + start, kept_positions + kept);
-                put_kept(mask, values + start, kept_values + kept);
-            } else {  // the vectors would read past the end
-                __builtin_memcpy(position, positions + start, size_t(count) * sizeof(int64_t));
-                __builtin_memcpy(value, values + start, size_t(count) * sizeof(Real));
-                put_kept(mask, position, kept_positions + kept);
-                put_kept(mask, value, kept_values + kept);
-            }
-        }
-        kept += __builtin_popcount(mask);
+        body(start, key, count);
     }
+}
+
+// Calls body(scores, a key) with their types.
+template <class Body>
+static inline void with_scores(const void* scores, int wide, int wide_keys, const Body& body) {
+    if (wide) return body(static_cast<const double*>(scores), uint64_t());
+    if (wide_keys) return body(static_cast<const float*>(scores), uint64_t());
+    return body(static_cast<const float*>(scores), uint32_t());
+}
+
+static int64_t keep(const int32_t* offsets, int64_t first, const void* values, const void* scores, int64_t n, int wide,
+                    int wide_keys, uint64_t key, int64_t index, int64_t* kept_positions, void* kept_values) {
+    int64_t through = 0;  // offsets ascend, so the index becomes a place among them
+    for (int64_t left = n; left > 0;) {
+        const int64_t half = left / 2;
+        const bool before = offsets[through + half] <= index;
+        through = before ? through + half + 1 : through;
+        left = before ? left - half - 1 : half;
+    }
+    int64_t kept = 0;
+    with_scores(scores, wide, wide_keys, [&](auto* ranked, auto k) {
+        using Real = std::remove_const_t<std::remove_pointer_t<decltype(ranked)>>;
+        const Bound<decltype(k)> bound = {decltype(k)(key), through - 1};
+        const Real* from = static_cast<const Real*>(values);
+        Real* to = static_cast<Real*>(kept_values);
+        for_each_group<decltype(k)>(ranked, n, [&](int64_t start, const auto* group, int count) {
+            uint32_t mask = held(group, bound, start);
+            if (count < kGroup) mask &= (uint32_t(1) << count) - 1;
+            int64_t position[kGroup];
+            Real value[kGroup];
+            for (int i = 0; i < count; ++i) position[i] = first + offsets[start + i];
+            for (int i = 0; i < count; ++i) value[i] = from[start + i];
+            put_kept(mask, position, kept_positions + kept);
+            put_kept(mask, value, to + kept);
+            kept += __builtin_popcount(mask);
+        });
+    });
     return kept;
 }
 
-static int64_t keep(const int64_t* positions, const void* values, const void* scores, int64_t n, int wide,
-                    int wide_keys, uint64_t key, int64_t index, int64_t* kept_positions, void* kept_values) {
-    if (scores == nullptr) scores = values;
-    if (wide) {
-        return keep_as(positions, static_cast<const double*>(values), static_cast<const double*>(scores), n,
-                       Bound<uint64_t>{key, index}, kept_positions, static_cast<double*>(kept_values));
-    }
-    const float* narrow = static_cast<const float*>(values);
-    const float* ranked = static_cast<const float*>(scores);
-    float* out = static_cast<float*>(kept_values);
-    return wide_keys
-               ? keep_as(positions, narrow, ranked, n, Bound<uint64_t>{key, index}, kept_positions, out)
-               : keep_as(positions, narrow, ranked, n, Bound<uint32_t>{uint32_t(key), index}, kept_positions, out);
+static void add_digits(const void* scores, int64_t n, int wide, int wide_keys, uint64_t prefix, int round,
+                       int64_t* histogram) {
+    with_scores(scores, wide, wide_keys, [&](auto* ranked, auto k) {
+        using Key = decltype(k);
+        const int shift = int(sizeof(Key)) * 8 - 16 - 16 * round;
+        const Key low = Key(prefix), last = Key(low | ((uint64_t(1) << (shift + 16 < 63 ? shift + 16 : 63)) - 1));
+        for_each_group<Key>(ranked, n, [&](int64_t, const Key* group, int count) {
+            uint32_t mask = count < kGroup ? (uint32_t(1) << count) - 1 : ~uint32_t(0);
+            if (round > 0) mask &= at_least(group, low) & ~at_least(group, Key(last + 1));
+            for (; mask != 0; mask &= mask - 1) ++histogram[(group[__builtin_ctz(mask)] >> shift) & 0xffff];
+        });
+    });
+}
+
+static int64_t find_ties(const void* scores, int64_t n, int wide, int wide_keys, uint64_t key, int64_t most,
+                         int64_t* place) {
+    int64_t found = 0;
+    *place = -1;
+    with_scores(scores, wide, wide_keys, [&](auto* ranked, auto k) {
+        using Key = decltype(k);
+        for_each_group<Key>(ranked, n, [&](int64_t start, const Key* group, int) {
+            for (uint32_t mask = at_least(group, Key(key)) & ~at_least(group, Key(key + 1)); mask != 0 && found < most;
+                 mask &= mask - 1) {
+                ++found;
+                *place = start + __builtin_ctz(mask);
+            }
+        });
+    });
+    return found;
 }
 
 // ---- gaps
@@ -474,8 +501,9 @@ static int all_finite(const void* data, int dtype, int64_t n) {
 }
 
 extern const StreamKernels stream_kernels;
-const StreamKernels stream_kernels = {scratch_bytes, collect,  subtract,   keep,     gap_bytes, encode_gaps,
-                                      decode_gaps,   set_bits, count_bits, get_bits, word_sum,  all_finite};
+const StreamKernels stream_kernels = {scratch_bytes, collect,   subtract,    keep,        add_digits,
+                                      find_ties,     gap_bytes, encode_gaps, decode_gaps, set_bits,
+                                      count_bits,    get_bits,  word_sum,    all_finite};
 
 }  // namespace PSE_ISA
 }  // namespace pse

@@ -49,10 +49,16 @@ struct StreamKernels {
     void (*collect)(StreamChunk& chunk);
     void (*subtract)(StreamSubtraction& edit);
 
-    // Of n ascending positions, their values and scores (null: the values) those that (key, index) holds; returns their
-    // number. Outputs have room for n rounded up to 32; without them (null) the kept are only counted.
-    int64_t (*keep)(const int64_t* positions, const void* values, const void* scores, int64_t n, int wide,
+    // Of entries that collect kept, n ascending offsets from the element `first`, those that (key, index) holds, index
+    // counted from `first`; returns their number. Outputs have room for n rounded up to 32.
+    int64_t (*keep)(const int32_t* offsets, int64_t first, const void* values, const void* scores, int64_t n, int wide,
                     int wide_keys, uint64_t key, int64_t index, int64_t* kept_positions, void* kept_values);
+    // Adds to histogram[65536] the digit of 16 bits below the settled ones of every key (topm.h).
+    void (*add_digits)(const void* scores, int64_t n, int wide, int wide_keys, uint64_t prefix, int round,
+                       int64_t* histogram);
+    // How many scores have this key, up to `most` of them; *place is where the last of these is, or -1.
+    int64_t (*find_ties)(const void* scores, int64_t n, int wide, int wide_keys, uint64_t key, int64_t most,
+                         int64_t* place);
 
     // Positions as LEB128 gaps (docs/harm_vector.md). encode returns the bytes written, at most 7 each. decode takes at
     // most `most` gaps out of n bytes and returns their number, or -1 where one has more than 7 bytes; *used is where

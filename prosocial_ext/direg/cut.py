@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from prosocial_ext.ops import _streaming as streaming
-from prosocial_ext.ops._stream import Edge
+from prosocial_ext.ops._stream import Edge, add_digits, find_ties
 
 __all__ = ["Cut", "ScoredBlock", "find_cut", "keys", "nothing"]
 
@@ -94,23 +94,20 @@ def find_cut(
     if m == 0:
         return nothing(wide)
     selection = streaming.Selection(m, wide)
-    zeros = torch.zeros(0, device="cpu")
     while not selection.settled:
         histogram = torch.zeros(streaming.BINS, dtype=torch.int64, device="cpu")
         if first_digits is not None and selection.rounds == 0:
             histogram = first_digits
         else:
             for _, _, scores in blocks():
-                if len(zeros) < len(scores):
-                    zeros = torch.zeros(len(scores), device="cpu")
-                streaming.add_histogram_(histogram, [scores], [zeros[: len(scores)]], [scores], selection)
+                add_digits(histogram, scores, wide, selection.prefix, selection.rounds)
         selection = streaming.settle(histogram, selection)
     if selection.need == 0:
         return Cut(selection.prefix, -1, -1, wide)
     ties = 0
     for tensor, positions, scores in blocks():
-        here = positions[keys(scores, wide) == selection.prefix]
-        if ties + len(here) >= selection.need:
-            return Cut(selection.prefix, tensor, int(here[selection.need - ties - 1]), wide)
-        ties += len(here)
+        found, place = find_ties(scores, wide, selection.prefix, selection.need - ties)
+        ties += found
+        if ties == selection.need:
+            return Cut(selection.prefix, tensor, int(positions[place]), wide)
     raise AssertionError(f"{ties} ties, {selection.need} needed: the blocks changed between two calls")

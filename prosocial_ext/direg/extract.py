@@ -28,7 +28,7 @@ from prosocial_ext.direg.pairing import Pair, Pairs, groups
 from prosocial_ext.direg.raw_io import read_all, write_all
 from prosocial_ext.direg.sparse_file import Block, Measure, SparseWriter
 from prosocial_ext.ops import _streaming as streaming
-from prosocial_ext.ops._stream import EVERYTHING, Collector, keep
+from prosocial_ext.ops._stream import EVERYTHING, Buffers, Collector, keep
 from prosocial_ext.reference import check
 from prosocial_ext.reference.topm import entry_count
 
@@ -136,14 +136,15 @@ class _Work:
     word_sums: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.collector = Collector(self.magnitudes, any(pair.dtype == torch.float64 for pair in self.pairs))
+        self.wide = any(pair.dtype == torch.float64 for pair in self.pairs)
+        self.collector = Collector(self.magnitudes, self.wide)
 
 
 class _Spill:
     """Candidates on disk, a piece per chunk of data: offsets in the chunk, values, scores where they differ."""
 
     def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
+        self._descriptor, self._buffers = descriptor, Buffers()
         self.clear()
 
     def clear(self) -> None:
@@ -159,16 +160,21 @@ class _Spill:
             self._end += part.numel() * part.element_size()
         self.entries += len(offsets)
 
-    def blocks(self, tensor: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Positions, values and scores of a tensor's candidates, in ascending order."""
+    def blocks(self, tensor: int) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+        """Starts, offsets from there, values and scores of a tensor's candidates, ascending; gone at the next one."""
         for start, count, place, dtype, has_scores in self.pieces.get(tensor, []):
-            offsets = self._read(place, count, torch.int32)
-            values = self._read(place + 4 * count, count, dtype)
-            scores = self._read(place + (4 + dtype.itemsize) * count, count, dtype) if has_scores else values
-            yield offsets.long() + start, values, scores
+            offsets = self._read("offsets", place, count, torch.int32)
+            values = self._read("values", place + 4 * count, count, dtype)
+            scores = values
+            if has_scores:
+                scores = self._read("scores", place + (4 + dtype.itemsize) * count, count, dtype)
+            yield start, offsets, values, scores
 
-    def _read(self, place: int, count: int, dtype: torch.dtype) -> Tensor:
-        return read_all(self._descriptor, place, place + count * dtype.itemsize).view(dtype)
+    def _read(self, name: str, place: int, count: int, dtype: torch.dtype) -> Tensor:
+        held = self._buffers.take(name, count, dtype)
+        if count:  # numpy gives no buffer of nothing
+            read_all(self._descriptor, place, place + held.nbytes, held.view(torch.uint8))
+        return held
 
 
 def _select(work: _Work, spill: _Spill, group: range, m: int, always_miss: bool) -> Cut:
@@ -180,12 +186,15 @@ def _select(work: _Work, spill: _Spill, group: range, m: int, always_miss: bool)
         work.magnitudes.copy_(before)
         _gather(work, spill, group, None)
 
+    widened = Buffers()
+
     def blocks() -> Iterator[ScoredBlock]:
         for i in group:
-            for positions, _, scores in spill.blocks(i):
-                yield i, positions, scores
+            for start, offsets, _, scores in spill.blocks(i):
+                yield i, widened.take("positions", len(offsets), torch.int64).copy_(offsets).add_(start), scores
 
-    return find_cut(blocks, m, wide)
+    ranked_by_size = all(work.pairs[i].importance is None for i in group) and wide == work.wide
+    return find_cut(blocks, m, wide, work.magnitudes - before if ranked_by_size else None)
 
 
 def _edge(pairs: Sequence[Pair], group: range, m: int, wide: bool) -> Cut | None:
@@ -194,7 +203,7 @@ def _edge(pairs: Sequence[Pair], group: range, m: int, wide: bool) -> Cut | None
     for i in group:
         starts.append(starts[-1] + pairs[i].numel)
     n = starts[-1]
-    samples = min(_MOST_SAMPLES, max(1 << 10, n >> 10))
+    samples = min(_MOST_SAMPLES, max(1 << 10, n >> 13))  # a read each, against 16 KB of bf16 looked at
     share = m / n if n else 1.0
     rank = math.ceil(samples * share + _SIGMAS * math.sqrt(samples * share * (1 - share)) + 64)
     if n <= _MOST_SAMPLES or rank > samples:
@@ -249,8 +258,8 @@ def _write(work: _Work, spill: _Spill, writer: SparseWriter, i: int, cut: Cut) -
     pair = work.pairs[i]
 
     def chosen() -> Iterator[Block]:
-        for positions, values, scores in spill.blocks(i):
-            yield keep(positions, values, scores, cut.edge(i))
+        for start, offsets, values, scores in spill.blocks(i):
+            yield keep(offsets, start, values, scores, cut.edge(i, start))
 
     measure = Measure()
     for positions, _ in chosen():

@@ -14,7 +14,8 @@ from prosocial_ext import _C
 from prosocial_ext.ops import _native
 
 __all__ = [
-    "EVERYTHING", "Buffers", "Collector", "Edge", "Looked", "Subtracted", "all_finite", "keep", "subtract_", "word_sum",
+    "EVERYTHING", "Buffers", "Collector", "Edge", "Looked", "Subtracted", "add_digits", "all_finite", "find_ties",
+    "keep", "subtract_", "word_sum",
 ]  # fmt: skip
 
 _SLACK = 32  # elements that a kernel may write behind what it keeps
@@ -132,30 +133,54 @@ class Collector:
         )
 
 
-def keep(positions: Tensor, values: Tensor, scores: Tensor, edge: Edge) -> tuple[Tensor, Tensor]:
-    """Return those of some entries that ``edge`` holds, in new tensors.
+def keep(offsets: Tensor, first: int, values: Tensor, scores: Tensor, edge: Edge) -> tuple[Tensor, Tensor]:
+    """Return the positions and values of those of some entries that ``edge`` holds, in new tensors.
 
     Args:
-        positions: int64 [n], ascending.
+        offsets: int32 [n], ascending, from element ``first`` on.
+        first: What is added to them.
         values: float32 or float64 [n].
         scores: What they are ranked by, of the same dtype; may be ``values``.
-        edge: Its index counts as the positions do.
+        edge: As seen from ``first``.
 
-    >>> positions, values = torch.tensor([1, 5, 9]), torch.tensor([2.0, 3.0, -2.0])
-    >>> keep(positions, values, values, Edge(0x40000001, 5, False))
-    (tensor([1, 5]), tensor([2., 3.]))
+    >>> offsets, values = torch.tensor([1, 5, 9], dtype=torch.int32), torch.tensor([2.0, 3.0, -2.0])
+    >>> keep(offsets, 100, values, values, Edge(0x40000001, 5, False))
+    (tensor([101, 105]), tensor([2., 3.]))
     """
-    n = len(positions)
-    kept_positions = torch.empty(n + _SLACK, dtype=torch.int64, device="cpu")
+    n, wide = len(offsets), values.dtype == torch.float64
+    positions = torch.empty(n + _SLACK, dtype=torch.int64, device="cpu")
     kept_values = torch.empty(n + _SLACK, dtype=values.dtype, device="cpu")
-    positions, values, scores = positions.contiguous(), values.contiguous(), scores.contiguous()
-    wide = values.dtype == torch.float64
     place = edge.widened(wide)
     kept = _C.stream_keep(
-        positions.data_ptr(), values.data_ptr(), scores.data_ptr(), n, wide, place.wide, _key(place.key, place.wide),
-        place.index, kept_positions.data_ptr(), kept_values.data_ptr(),
+        offsets.data_ptr(), first, values.data_ptr(), scores.data_ptr(), n, wide, place.wide,
+        _key(place.key, place.wide), place.index, positions.data_ptr(), kept_values.data_ptr(),
     )  # fmt: skip
-    return kept_positions[:kept], kept_values[:kept]
+    return positions[:kept], kept_values[:kept]
+
+
+def add_digits(histogram: Tensor, scores: Tensor, wide: bool, prefix: int, rounds: int) -> None:
+    """Add to ``histogram`` (int64 [65536]) the digits of the keys that begin with ``prefix`` (`_streaming.Selection`).
+
+    >>> histogram = torch.zeros(1 << 16, dtype=torch.int64)
+    >>> add_digits(histogram, torch.tensor([2.0, -2.0, 1.0]), False, 0x40000000, rounds=1)
+    >>> histogram.nonzero().tolist(), int(histogram[1])
+    ([[1]], 2)
+    """
+    scores = scores.contiguous()
+    _C.stream_add_digits(
+        scores.data_ptr(), len(scores), scores.dtype == torch.float64, wide, prefix, rounds, histogram.data_ptr()
+    )
+
+
+def find_ties(scores: Tensor, wide: bool, key: int, most: int) -> tuple[int, int]:
+    """Return how many scores have this key, up to ``most``, and the place of the last of these (-1: none).
+
+    >>> find_ties(torch.tensor([2.0, -2.0, 1.0, 2.0]), False, 0x40000001, most=2)
+    (2, 1)
+    """
+    scores = scores.contiguous()
+    found, place = _C.stream_find_ties(scores.data_ptr(), len(scores), scores.dtype == torch.float64, wide, key, most)
+    return found, place
 
 
 def _key(key: int, wide: bool) -> int:

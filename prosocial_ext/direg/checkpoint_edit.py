@@ -240,8 +240,7 @@ class _Subtraction:
         source = self._targets[name]
         compared = max(0, self._vector.tensors[source].numel - start)
         self._compared[name] += word_sum(elements[:compared])
-        positions, values = self._cursor.take(start + len(elements))
-        if len(positions):
+        for positions, values in self._cursor.take(start + len(elements)):
             done = subtract_(elements, start, positions, values, self._scale, self._buffers)
             if self._undo is not None:
                 self._undo.append(positions, done.before)
@@ -311,8 +310,7 @@ class _Restoration:
     def edit_(self, name: str, start: int, elements: Tensor) -> None:
         """Put the chunk's originals back."""
         self._read[name] += word_sum(elements)
-        positions, values = self._cursor.take(start + len(elements))
-        if len(positions):
+        for positions, values in self._cursor.take(start + len(elements)):
             elements[positions - start] = values
             self.restored += len(positions)
 

@@ -16,12 +16,14 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from prosocial_ext.direg.ahead import ahead
 from prosocial_ext.direg.cut import Cut, ScoredBlock, find_cut, keys, nothing
 from prosocial_ext.direg.errors import refuse, shown
 from prosocial_ext.direg.pairing import Pair, Pairs, groups
@@ -228,10 +230,9 @@ def _gather(work: _Work, spill: _Spill, group: range, edge: Cut | None) -> None:
     for i in group:
         pair = work.pairs[i]
         energy, total = 0.0, 0
-        for start in range(0, pair.numel, work.chunk):
-            stop = min(pair.numel, start + work.chunk)
-            base, tuned = pair.base.read(start, stop), pair.tuned.read(start, stop)
-            weight = None if pair.importance is None else pair.importance.read(start, stop)
+        starts = range(0, pair.numel, work.chunk)
+        reads = (partial(_read, pair, start, min(pair.numel, start + work.chunk)) for start in starts)
+        for start, (base, tuned, weight) in zip(starts, ahead(reads), strict=True):
             place = EVERYTHING if edge is None else edge.edge(i, start)
             looked = work.collector.look(base, tuned, weight, pair.dtype, place)
             if looked.bad_values:
@@ -246,6 +247,11 @@ def _gather(work: _Work, spill: _Spill, group: range, edge: Cut | None) -> None:
             spill.append(i, start, looked.offsets, looked.values, looked.scores)
             work.progress(base.nbytes + tuned.nbytes)
         work.energy[i], work.word_sums[i] = float(f"{energy:.9e}"), total % 2**64
+
+
+def _read(pair: Pair, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    weight = None if pair.importance is None else pair.importance.read(start, stop)
+    return pair.base.read(start, stop), pair.tuned.read(start, stop), weight
 
 
 def _differ(pair: Pair, base: Tensor, tuned: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
-"""Reads the next chunk while the last one is worked on; reading releases the GIL, and so do the kernels."""
+"""Makes the next chunks while one is worked on; reads release the GIL, and so do the kernels."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
@@ -11,20 +12,19 @@ __all__ = ["ahead"]
 T = TypeVar("T")
 
 
-def ahead(reads: Iterable[Callable[[], T]]) -> Iterator[T]:
-    """Yield what the calls return, in order, each made by a thread while the caller holds the one before.
+def ahead(calls: Iterable[Callable[[], T]], threads: int = 1) -> Iterator[T]:
+    """Yield what the calls return, in order; ``threads`` threads make the next ones while the caller holds one.
 
-    At most two results are alive. What a call raises is raised here, at its turn.
+    At most ``threads + 1`` results are alive, the caller's included. What a call raises is raised here, at its turn.
 
-    >>> list(ahead([lambda: 1, lambda: 2]))
-    [1, 2]
+    >>> list(ahead([lambda: 1, lambda: 2, lambda: 3], threads=2))
+    [1, 2, 3]
     """
-    waiting: Future[T] | None = None
-    with ThreadPoolExecutor(1, "prosocial-read") as thread:
-        for read in reads:
-            coming = thread.submit(read)
-            if waiting is not None:
-                yield waiting.result()
-            waiting = coming
-        if waiting is not None:
-            yield waiting.result()
+    waiting: deque[Future[T]] = deque()
+    with ThreadPoolExecutor(threads, "prosocial-ahead") as pool:
+        for call in calls:
+            waiting.append(pool.submit(call))
+            if len(waiting) > threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

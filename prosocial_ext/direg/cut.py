@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Protocol, SupportsInt
 
 import torch
 from torch import Tensor
@@ -17,7 +18,16 @@ from prosocial_ext.ops._stream import Edge, add_digits, find_ties
 __all__ = ["Cut", "ScoredBlock", "find_cut", "keys", "nothing"]
 
 _ALL = 1 << 62  # above every position
-ScoredBlock = tuple[int, Tensor, Tensor]  # tensor's number, ascending positions, scores
+
+
+class Positions(Protocol):
+    """Ascending positions of which one is looked up: a tensor, or what stands for one."""
+
+    def __getitem__(self, place: int, /) -> SupportsInt:
+        """The position at a place of the block."""
+
+
+ScoredBlock = tuple[int, Positions, Tensor]  # tensor's number, ascending positions, scores
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from prosocial_ext.direg.pairing import Pair, Pairs, groups
 from prosocial_ext.direg.raw_io import read_all, write_all
 from prosocial_ext.direg.sparse_file import Block, Measure, SparseWriter
 from prosocial_ext.ops import _streaming as streaming
-from prosocial_ext.ops._stream import EVERYTHING, Buffers, Collector, keep
+from prosocial_ext.ops._stream import EVERYTHING, Buffers, Collector, Edge, Looked, keep
 from prosocial_ext.reference import check
 from prosocial_ext.reference.topm import entry_count
 
@@ -42,6 +42,7 @@ Progress = Callable[[int], object]  # called with the number of bytes just read
 
 _CHUNK = 1 << 20  # elements; larger ones measure no faster
 _BYTES_PER_ELEMENT = 256  # of all temporaries of one float64 chunk with importance, at density 1
+_MOST_THREADS = 4  # so that their chunks, at 44 bytes an element, and the caller's stay below that
 _MOST_SAMPLES = 1 << 16  # 12 sigma of the rank are 1.4 % of the entries
 _SIGMAS = 12
 
@@ -139,7 +140,6 @@ class _Work:
 
     def __post_init__(self) -> None:
         self.wide = any(pair.dtype == torch.float64 for pair in self.pairs)
-        self.collector = Collector(self.magnitudes, self.wide)
 
 
 class _Spill:
@@ -179,6 +179,17 @@ class _Spill:
         return held
 
 
+@dataclass(frozen=True)
+class _Shifted:
+    """Positions that count from a chunk's start: widening all to look up one would take longer than the search."""
+
+    start: int
+    offsets: Tensor
+
+    def __getitem__(self, place: int) -> int:
+        return self.start + int(self.offsets[place])
+
+
 def _select(work: _Work, spill: _Spill, group: range, m: int, always_miss: bool) -> Cut:
     wide = any(work.pairs[i].dtype == torch.float64 for i in group)
     before = work.magnitudes.clone()
@@ -188,12 +199,10 @@ def _select(work: _Work, spill: _Spill, group: range, m: int, always_miss: bool)
         work.magnitudes.copy_(before)
         _gather(work, spill, group, None)
 
-    widened = Buffers()
-
     def blocks() -> Iterator[ScoredBlock]:
         for i in group:
             for start, offsets, _, scores in spill.blocks(i):
-                yield i, widened.take("positions", len(offsets), torch.int64).copy_(offsets).add_(start), scores
+                yield i, _Shifted(start, offsets), scores
 
     ranked_by_size = all(work.pairs[i].importance is None for i in group) and wide == work.wide
     return find_cut(blocks, m, wide, work.magnitudes - before if ranked_by_size else None)
@@ -227,31 +236,40 @@ def _edge(pairs: Sequence[Pair], group: range, m: int, wide: bool) -> Cut | None
 
 def _gather(work: _Work, spill: _Spill, group: range, edge: Cut | None) -> None:
     spill.clear()
+    threads = min(_MOST_THREADS, torch.get_num_threads())
+    collectors = [Collector(work.wide) for _ in range(threads + 1)]  # one per chunk that is alive
+    chunks = [(i, start) for i in group for start in range(0, work.pairs[i].numel, work.chunk)]
+    looks = (
+        partial(_look, collectors[k % len(collectors)], work.pairs[i], start, work.chunk,
+                EVERYTHING if edge is None else edge.edge(i, start))
+        for k, (i, start) in enumerate(chunks)
+    )  # fmt: skip
+    energy, total = dict.fromkeys(group, 0.0), dict.fromkeys(group, 0)
+    for (i, start), (looked, size) in zip(chunks, ahead(looks, threads), strict=True):
+        name = shown(work.pairs[i].name)
+        if looked.bad_values:
+            what = f"{looked.bad_values} NaN or Inf"
+            refuse(f"the differences at {name}", "be finite", what, "Repair the checkpoints.")
+        if looked.bad_weights:
+            refuse(f"importance of {name}", "be finite and not negative", "other entries")
+        if looked.bad_scores:
+            refuse(f"difference times importance at {name}", "be finite", "Inf", "Scale it down.")
+        energy[i] += math.sqrt(looked.energy) ** 2  # rounded as the kept energy that it is compared with
+        total[i] += looked.word_sum
+        spill.append(i, start, looked.offsets, looked.values, looked.scores)
+        work.progress(size)
     for i in group:
-        pair = work.pairs[i]
-        energy, total = 0.0, 0
-        starts = range(0, pair.numel, work.chunk)
-        reads = (partial(_read, pair, start, min(pair.numel, start + work.chunk)) for start in starts)
-        for start, (base, tuned, weight) in zip(starts, ahead(reads), strict=True):
-            place = EVERYTHING if edge is None else edge.edge(i, start)
-            looked = work.collector.look(base, tuned, weight, pair.dtype, place)
-            if looked.bad_values:
-                what = f"the differences at {shown(pair.name)}"
-                refuse(what, "be finite", f"{looked.bad_values} NaN or Inf", "Repair the checkpoints.")
-            if looked.bad_weights:
-                refuse(f"importance of {shown(pair.name)}", "be finite and not negative", "other entries")
-            if looked.bad_scores:
-                refuse(f"difference times importance at {shown(pair.name)}", "be finite", "Inf", "Scale it down.")
-            energy += math.sqrt(looked.energy) ** 2  # rounded as the kept energy that it is compared with
-            total += looked.word_sum
-            spill.append(i, start, looked.offsets, looked.values, looked.scores)
-            work.progress(base.nbytes + tuned.nbytes)
-        work.energy[i], work.word_sums[i] = float(f"{energy:.9e}"), total % 2**64
+        work.energy[i], work.word_sums[i] = float(f"{energy[i]:.9e}"), total[i] % 2**64
+    for collector in collectors:
+        work.magnitudes += collector.histogram
 
 
-def _read(pair: Pair, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor | None]:
+def _look(collector: Collector, pair: Pair, start: int, chunk: int, edge: Edge) -> tuple[Looked, int]:
+    """What one chunk holds, and the number of bytes read."""
+    stop = min(pair.numel, start + chunk)
+    base, tuned = pair.base.read(start, stop), pair.tuned.read(start, stop)
     weight = None if pair.importance is None else pair.importance.read(start, stop)
-    return pair.base.read(start, stop), pair.tuned.read(start, stop), weight
+    return collector.look(base, tuned, weight, pair.dtype, edge), base.nbytes + tuned.nbytes
 
 
 def _differ(pair: Pair, base: Tensor, tuned: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -87,22 +87,22 @@ class Collector:
     """Looks at chunks: counts magnitudes into ``histogram`` (int64 [65536]) and keeps what an edge holds.
 
     Args:
-        histogram: Added to; its bins are those of float64 keys where ``wide``.
-        wide: Some tensor of the stream is float64.
+        wide: Some tensor of the stream is float64; the histogram's bins are then those of float64 keys.
+        threads: Per chunk. With more chunks at once it is better 1: team-mates that wait spin on a core.
 
-    >>> histogram = torch.zeros(1 << 16, dtype=torch.int64)
     >>> base, tuned = torch.zeros(4), torch.tensor([3.0, 0.0, -4.0, 1.0])
-    >>> looked = Collector(histogram, wide=False).look(base, tuned, None, torch.float32, Edge(0x40000001, -1, False))
+    >>> looked = Collector(wide=False).look(base, tuned, None, torch.float32, Edge(0x40000001, -1, False))
     >>> looked.offsets.tolist(), looked.values.tolist(), looked.energy
     ([0, 2], [3.0, -4.0], 26.0)
     """
 
-    def __init__(self, histogram: Tensor, wide: bool) -> None:
-        self._histogram, self._wide, self._buffers = histogram, wide, Buffers()
+    def __init__(self, wide: bool, threads: int = 1) -> None:
+        self.histogram = torch.zeros(1 << 16, dtype=torch.int64, device="cpu")
+        self._wide, self._threads, self._buffers = wide, threads, Buffers()
 
     def look(self, base: Tensor, tuned: Tensor, importance: Tensor | None, dtype: torch.dtype, edge: Edge) -> Looked:
         """Look at one chunk; differences and scores are computed in ``dtype`` (float32 or float64)."""
-        n, threads, take = len(base), _native.threads(), self._buffers.take
+        n, threads, take = len(base), self._threads, self._buffers.take
         base, tuned = base.contiguous(), tuned.contiguous()
         weights = None if importance is None else importance.contiguous()
         room = n + _SLACK
@@ -118,7 +118,7 @@ class Collector:
             chunk.scores = scores.data_ptr()
         chunk.n, chunk.wide, chunk.wide_keys = n, dtype == torch.float64, self._wide
         chunk.edge_key, chunk.edge_index = _key(place.key, place.wide), place.index
-        chunk.histogram, chunk.offsets, chunk.values = (t.data_ptr() for t in (self._histogram, offsets, values))
+        chunk.histogram, chunk.offsets, chunk.values = (t.data_ptr() for t in (self.histogram, offsets, values))
         chunk.scratch, chunk.threads = scratch.data_ptr(), threads
         _C.stream_collect(chunk)
         return Looked(
@@ -217,7 +217,7 @@ class Subtracted:
 
 
 def subtract_(
-    elements: Tensor, first: int, positions: Tensor, values: Tensor, scale: float, buffers: Buffers
+    elements: Tensor, first: int, positions: Tensor, values: Tensor, scale: float, buffers: Buffers, threads: int = 1
 ) -> Subtracted:
     """Subtract ``scale * values`` at ``positions`` from the chunk ``elements`` that begins at element ``first``.
 
@@ -228,7 +228,7 @@ def subtract_(
     >>> elements.tolist(), done.before.tolist(), done.requested
     ([1.0, 1.0, 3.0], [2.0], 1.0)
     """
-    n, threads = len(positions), _native.threads()
+    n = len(positions)
     positions, values = positions.contiguous(), values.contiguous()
     before = buffers.take("before", n, elements.dtype)
     scratch = buffers.take("scratch", _C.stream_scratch_bytes(n, 0), torch.uint8)

@@ -1,6 +1,5 @@
 """The kernels of the streamed harm vector against the torch code that says what they do, on every instruction set."""
 
-from collections.abc import Iterator
 from itertools import product
 
 import pytest
@@ -19,14 +18,6 @@ SIZES = (0, 1, 31, 32, 33, 1023, 1025, 16_384, 16_385, 50_001)
 pytestmark = pytest.mark.usefixtures("compiled")
 
 
-@pytest.fixture(params=[1, 2], ids=["one_thread", "two_threads"])
-def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
-
-
 def drawn(n: int, dtype: torch.dtype, seed: int) -> Tensor:
     """Small multiples of a power of two: full of ties, zeros of both signs and denormals of the 16-bit types."""
     generator = torch.Generator().manual_seed(seed)
@@ -36,11 +27,13 @@ def drawn(n: int, dtype: torch.dtype, seed: int) -> Tensor:
 # ---- one look at a chunk
 
 
-@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("n", [0, 1, 33, 1025, 16_384, 40_001])
 @pytest.mark.parametrize("weighted", [False, True], ids=["magnitude", "importance"])
 @pytest.mark.parametrize(("one", "other"), list(product(DTYPES, DTYPES)), ids=str)
-def test_a_look_finds_what_torch_finds(one: torch.dtype, other: torch.dtype, weighted: bool, n: int) -> None:
+def test_a_look_finds_what_torch_finds(
+    one: torch.dtype, other: torch.dtype, weighted: bool, n: int, threads: int
+) -> None:
     base, tuned = drawn(n, one, 0), drawn(n, other, 1)
     importance = drawn(n, torch.float32, 2).abs() if weighted else None
     wide = torch.float64 in (one, other)
@@ -56,16 +49,16 @@ def test_a_look_finds_what_torch_finds(one: torch.dtype, other: torch.dtype, wei
         (middle, 1 << 62),
         (int(ranks.max()) + 1 if n else 1, 5),
     ):
-        histogram = torch.ones(1 << 16, dtype=torch.int64)
+        collector = stream.Collector(wide, threads)
         edge = stream.Edge(key, index, wide)
-        looked = stream.Collector(histogram, wide).look(base, tuned, importance, dtype, edge)
+        looked = collector.look(base, tuned, importance, dtype, edge)
         held = (ranks > key) | (ranks == key) & (torch.arange(n) <= index)
         assert looked.offsets.tolist() == held.nonzero().flatten().tolist()
         assert_same_bits(looked.values, values[held])
         if looked.scores is not None:
             assert_same_bits(looked.scores, scores[held])
         digits = keys(values, wide) >> (48 if wide else 16)
-        assert torch.equal(histogram - 1, torch.bincount(digits, minlength=1 << 16))
+        assert torch.equal(collector.histogram, torch.bincount(digits, minlength=1 << 16))
         assert looked.energy == float(values.double().square().sum())  # few bits each: exact in any order
         assert (looked.bad_values, looked.bad_weights, looked.bad_scores) == (0, 0, 0)
         assert looked.word_sum == total
@@ -86,13 +79,11 @@ def test_word_sums_begin_anywhere(dtype: torch.dtype, offset: int) -> None:
 def test_the_energy_has_the_same_bits_for_every_thread_count_and_set() -> None:
     generator = torch.Generator().manual_seed(0)
     base, tuned = torch.randn(100_003, generator=generator), torch.randn(100_003, generator=generator)
-    found, before, isa = set(), torch.get_num_threads(), _C.isa()
+    found, isa = set(), _C.isa()
     for name, threads in product(_C.available_isas(), (1, 2, 5)):
         _C._set_isa(name)
-        torch.set_num_threads(threads)
-        collector = stream.Collector(torch.zeros(1 << 16, dtype=torch.int64), False)
+        collector = stream.Collector(False, threads)
         found.add(collector.look(base, tuned, None, torch.float32, stream.EVERYTHING).energy)
-    torch.set_num_threads(before)
     _C._set_isa(isa)
     assert len(found) == 1
     assert found.pop() == pytest.approx(float((tuned - base).double().square().sum()), rel=1e-13)
@@ -102,11 +93,11 @@ def test_narrow_values_among_wide_keys() -> None:
     """A float32 tensor of a stream that also has float64 ones; the edge may be that of a narrow group."""
     base, tuned = torch.zeros(1000), drawn(1000, torch.float32, 0)
     key = int(keys(tuned, False).sort().values[500])
-    histogram = torch.zeros(1 << 16, dtype=torch.int64)
-    looked = stream.Collector(histogram, True).look(base, tuned, None, torch.float32, stream.Edge(key, 200, False))
+    collector = stream.Collector(True)
+    looked = collector.look(base, tuned, None, torch.float32, stream.Edge(key, 200, False))
     held = (keys(tuned, False) > key) | (keys(tuned, False) == key) & (torch.arange(1000) <= 200)
     assert looked.offsets.tolist() == held.nonzero().flatten().tolist()
-    assert torch.equal(histogram, torch.bincount(keys(tuned, True) >> 48, minlength=1 << 16))
+    assert torch.equal(collector.histogram, torch.bincount(keys(tuned, True) >> 48, minlength=1 << 16))
 
 
 @pytest.mark.parametrize("wide", [False, True])
@@ -115,7 +106,7 @@ def test_what_is_not_finite_is_counted(wide: bool, n: int) -> None:
     dtype = torch.float64 if wide else torch.float32
     largest = torch.finfo(dtype).max
     base, tuned, weights = torch.zeros(n, dtype=dtype), torch.ones(n, dtype=dtype), torch.ones(n, dtype=dtype)
-    collector = stream.Collector(torch.zeros(1 << 16, dtype=torch.int64), wide)
+    collector = stream.Collector(wide)
 
     def counts() -> tuple[int, int, int]:
         looked = collector.look(base, tuned, weights, dtype, stream.EVERYTHING)
@@ -180,10 +171,12 @@ def test_digits_below_a_prefix_are_counted(wide: bool) -> None:
     assert stream.find_ties(scores, wide, prefix ^ 1, most=1)[0] == int((keys(scores, wide) == prefix ^ 1).any())
 
 
-@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("scale", [1.0, -0.3, 0.0])
 @pytest.mark.parametrize(("dtype", "real"), list(product(DTYPES, (torch.float32, torch.float64))), ids=str)
-def test_a_subtraction_has_the_bits_of_the_op(dtype: torch.dtype, real: torch.dtype, scale: float) -> None:
+def test_a_subtraction_has_the_bits_of_the_op(
+    dtype: torch.dtype, real: torch.dtype, scale: float, threads: int
+) -> None:
     generator = torch.Generator().manual_seed(0)
     for n in (1, 9, 40_000):
         elements = torch.randn(n, generator=generator).to(dtype)
@@ -192,7 +185,7 @@ def test_a_subtraction_has_the_bits_of_the_op(dtype: torch.dtype, real: torch.dt
         theirs, before = elements.clone(), elements[positions]
         delta = reference.SparseDelta(positions, values, torch.tensor([len(positions)]), values[:1], ((n,),), (real,))
         edit = reference.sparse_subtract_(theirs, delta, scale=scale)
-        done = stream.subtract_(elements, 2**33, positions + 2**33, values, scale, stream.Buffers())
+        done = stream.subtract_(elements, 2**33, positions + 2**33, values, scale, stream.Buffers(), threads)
         assert_same_bits(elements, theirs)
         assert_same_bits(done.before, before)
         assert done.unchanged == int(edit.unchanged.sum())

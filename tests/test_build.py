@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TREE = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
 FAMILIES = sorted(path.stem for path in (ROOT / "csrc" / "cpu").glob("*.cpp"))
 SETS = ["v2", "v3", "v4"]
-PROMISE_BITS = ["sampling", "topm"]  # projection may fuse: its result is defined up to rounding
+PROMISE_BITS = ["sampling", "stream", "topm"]  # projection may fuse: its result is defined up to rounding
 WIDE_REGISTER = {"v3": "ymm", "v4": "zmm"}
 
 pytestmark = [

@@ -40,4 +40,5 @@ PYBIND11_MODULE(_C, m) {
     pse::register_projection(m);
     pse::register_sampling(m);
     pse::register_limits(m);
+    pse::register_stream(m);
 }

@@ -6,6 +6,7 @@
 #include "cpu/limits.h"
 #include "cpu/projection.h"
 #include "cpu/sampling.h"
+#include "cpu/stream.h"
 #include "cpu/topm.h"
 
 namespace pse {
@@ -16,6 +17,7 @@ struct CpuKernels {
     const ProjectionKernels* projection;
     const SamplingKernels* sampling;
     const LimitKernels* limits;
+    const StreamKernels* stream;
 };
 
 const CpuKernels& cpu();

@@ -17,6 +17,7 @@
 
 #include "core/magnitude_key.h"
 #include "core/philox.h"
+#include "cpu/at_least.h"
 #include "cpu/convert.h"
 #include "cpu/parallel.h"
 
@@ -25,7 +26,6 @@ namespace PSE_ISA {
 
 constexpr int64_t kChunk = 1 << 15;          // elements per task: 128 KiB of bf16 deltas, 213,000 tasks at 7e9
 constexpr int kBlock = 1024;                 // elements per working buffer: all buffers stay in L1
-constexpr int kGroup = 32;                   // elements per decision to store: 64 bytes of bf16
 constexpr int64_t kAllCandidates = 1 << 16;  // up to here every entry is a candidate: no sample
 constexpr int kPoolBlock = 512;              // pairs that a thread reserves at once
 constexpr int kBins = 2048;                  // one settling pass narrows a range by 11 bits
@@ -153,39 +153,6 @@ static inline Key key_of_entry(const TopmCall& call, const TopmTensor& t, int64_
     if (!is_wide(t, !call.select)) return key_at<float, Key>(t, local);
     if constexpr (sizeof(Key) == 8) return key_at<double, Key>(t, local);
     return 0;  // a float64 tensor makes the whole call wide
-}
-
-// Bit i: keys[i] >= limit, for one group.
-static inline uint32_t at_least(const uint32_t* key, uint32_t limit) {
-#if defined(__AVX512F__)
-    const __m512i bound = _mm512_set1_epi32(int(limit));
-    const uint32_t low = _mm512_cmpge_epi32_mask(_mm512_loadu_si512(key), bound);
-    const uint32_t high = _mm512_cmpge_epi32_mask(_mm512_loadu_si512(key + 16), bound);
-    return low | (high << 16);
-#elif defined(__AVX2__)
-    const __m256i below = _mm256_set1_epi32(int(limit) - 1);
-    uint32_t mask = 0;
-    for (int part = 0; part < 4; ++part) {
-        const __m256i k = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(key + 8 * part));
-        mask |= uint32_t(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(k, below)))) << (8 * part);
-    }
-    return mask;
-#else
-    uint32_t mask = 0;
-    for (int i = 0; i < kGroup; ++i) mask |= uint32_t(key[i] >= limit) << i;
-    return mask;
-#endif
-}
-static inline uint32_t at_least(const uint64_t* key, uint64_t limit) {
-    uint32_t mask = 0;
-#if defined(__AVX512F__)
-    const __m512i bound = _mm512_set1_epi64(int64_t(limit));
-    for (int part = 0; part < 4; ++part)
-        mask |= uint32_t(_mm512_cmpge_epi64_mask(_mm512_loadu_si512(key + 8 * part), bound)) << (8 * part);
-#else
-    for (int i = 0; i < kGroup; ++i) mask |= uint32_t(key[i] >= limit) << i;
-#endif
-    return mask;
 }
 
 // ---- edits

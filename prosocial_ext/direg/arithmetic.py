@@ -132,7 +132,7 @@ def _merged(one: Vector, other: Vector, tensor: SparseTensor, sign: int) -> Iter
     name, dtype = tensor.name, _dtype(one, other, tensor.name)
     cursors = [Cursor(v.blocks(name) if name in v.tensors else iter(())) for v in (one, other)]
     for start in range(0, tensor.numel, _CHUNK):
-        (first, a), (second, b) = (cursor.take(start + _CHUNK) for cursor in cursors)
+        (first, a), (second, b) = (cursor.take_whole(start + _CHUNK) for cursor in cursors)
         positions = torch.cat([first, second]).unique()  # ascending
         values = torch.zeros(len(positions), dtype=dtype, device="cpu")
         values[torch.searchsorted(positions, first)] = a.to(dtype)

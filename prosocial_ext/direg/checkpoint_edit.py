@@ -29,6 +29,7 @@ from prosocial_ext.direg.rewrite import RECORDS, Cursor, converted, new_descript
 from prosocial_ext.direg.rounding import Rounding
 from prosocial_ext.direg.safetensors_file import DTYPES, WORDS, SafetensorsFile
 from prosocial_ext.direg.sparse_file import Measure, SparseReader, SparseWriter
+from prosocial_ext.ops._stream import Buffers, subtract_
 from prosocial_ext.reference.topm import check_scale
 
 __all__ = ["UNDO", "CheckpointEdit", "apply_vector", "check_place", "plan_edit", "revert_checkpoint"]
@@ -248,6 +249,7 @@ class _Subtraction:
         self._counts: Counter[str] = Counter()
         self._requested = defaultdict[str, float](float)  # squares, per tensor: their sum must not depend on the order
         self._effective = defaultdict[str, float](float)
+        self._buffers = Buffers()
         self._threshold = math.inf
         self._compared: Counter[str] = Counter()  # word sums of what the vector's fingerprint covers
         self._written: Counter[str] = Counter()
@@ -279,19 +281,20 @@ class _Subtraction:
         source = self._targets[name]
         compared = max(0, self._vector.tensors[source].numel - start)
         self._compared[name] += word_sum(elements[:compared])
-        positions, values = self._cursor.take(start + len(elements))
-        place = positions - start
-        before = elements[place]
-        written, unchanged = self._rounding.subtract(elements, place, values, self._scale, name, start)
-        if len(positions):
+        written = elements
+        until, plain = start + len(elements), self._rounding.is_plain
+        for positions, values in self._cursor.take(until) if plain else [self._cursor.take_whole(until)]:
+            if plain:
+                done = subtract_(elements, start, positions, values, self._scale, self._buffers)
+            else:
+                written, done = self._rounding.subtract(elements, positions, values, self._scale, name, start)
             if self._undo is not None:
-                self._undo.append(positions, before)
+                self._undo.append(positions, done.before)
             if name == source:  # a tied head counts with its embedding
-                moved = written[place].double() - before.double()
-                self._counts.update(edited=len(place), unchanged=unchanged)
-                self._requested[name] += float(torch.linalg.vector_norm(values.double() * self._scale)) ** 2
-                self._effective[name] += float(torch.linalg.vector_norm(moved)) ** 2
-                self._threshold = min(self._threshold, float(values.abs().min()))
+                self._counts.update(edited=len(positions), unchanged=done.unchanged)
+                self._requested[name] += done.requested
+                self._effective[name] += done.effective
+                self._threshold = min(self._threshold, done.smallest)
         self._written[name] += word_sum(written)
         return written
 
@@ -376,8 +379,7 @@ class _Restoration:
     def edit_(self, name: str, start: int, elements: Tensor) -> Tensor:
         """Put the chunk's originals back."""
         self._read[name] += word_sum(elements)
-        positions, values = self._cursor.take(start + len(elements))
-        if len(positions):
+        for positions, values in self._cursor.take(start + len(elements)):
             elements[positions - start] = converted(values, elements.dtype, name)
             self.restored += len(positions)
         return elements

@@ -7,16 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Protocol, SupportsInt
 
 import torch
 from torch import Tensor
 
 from prosocial_ext.direg.ranks import ALONE, Ranks
 from prosocial_ext.ops import _streaming as streaming
+from prosocial_ext.ops._stream import Edge, add_digits, find_ties
 
 __all__ = ["Cut", "ScoredBlock", "find_cut", "keys", "nothing"]
 
-ScoredBlock = tuple[int, Tensor, Tensor]  # tensor's number, ascending positions, scores
+_ALL = 1 << 62  # above every position
+
+
+class Positions(Protocol):
+    """Ascending positions of which one is looked up: a tensor, or what stands for one."""
+
+    def __getitem__(self, place: int, /) -> SupportsInt:
+        """The position at a place of the block."""
+
+
+ScoredBlock = tuple[int, Positions, Tensor]  # tensor's number, ascending positions, scores
 
 
 @dataclass(frozen=True)
@@ -38,21 +50,20 @@ class Cut:
         >>> two.holds(torch.tensor([2.0, -3.0, 2.0]), 0, torch.tensor([0, 1, 2]))
         tensor([ True,  True, False])
         """
-        place = torch.tensor(self.position, device="cpu")
-        return self._mask(scores, tensor, lambda: int(torch.searchsorted(positions, place, right=True)))
-
-    def holds_run(self, scores: Tensor, tensor: int, start: int) -> Tensor:
-        """Return the same for a block of all positions from ``start`` on."""
-        return self._mask(scores, tensor, lambda: min(max(self.position + 1 - start, 0), len(scores)))
-
-    def _mask(self, scores: Tensor, tensor: int, inside: Callable[[], int]) -> Tensor:
         ranks = keys(scores, self.wide)
         if tensor != self.tensor:
             return ranks >= self.key if tensor < self.tensor else ranks > self.key
-        mask = ranks > self.key
-        until = inside()
-        mask[:until] = ranks[:until] >= self.key
-        return mask
+        return (ranks > self.key) | (ranks == self.key) & (positions <= self.position)
+
+    def edge(self, tensor: int, start: int = 0) -> Edge:
+        """Return the same for the kernels: as seen from element ``start`` of a tensor.
+
+        >>> Cut(key=7, tensor=1, position=9, wide=False).edge(1, start=4)
+        Edge(key=7, index=5, wide=False)
+        """
+        if tensor == self.tensor:
+            return Edge(self.key, self.position - start, self.wide)
+        return Edge(self.key, _ALL if tensor < self.tensor else -1, self.wide)
 
 
 def keys(scores: Tensor, wide: bool) -> Tensor:
@@ -86,7 +97,7 @@ def find_cut(
         blocks: Called two to five times.
         m: At most the number of entries.
         wide: A score is float64.
-        first_digits: The histogram of the first round, if it is known.
+        first_digits: The histogram of the first round over all ranks, if it is known.
         ranks: Who hold the entries: each yields its own, all of them before those of the next rank in the order.
 
     >>> scores = torch.tensor([1.0, 3.0, 3.0, 2.0])
@@ -96,30 +107,27 @@ def find_cut(
     if m == 0:
         return nothing(wide)
     selection = streaming.Selection(m, wide)
-    zeros = torch.zeros(0, device="cpu")
     while not selection.settled:
         histogram = torch.zeros(streaming.BINS, dtype=torch.int64, device="cpu")
         if first_digits is not None and selection.rounds == 0:
             histogram = first_digits
         else:
             for _, _, scores in blocks():
-                if len(zeros) < len(scores):
-                    zeros = torch.zeros(len(scores), device="cpu")
-                streaming.add_histogram_(histogram, [scores], [zeros[: len(scores)]], [scores], selection)
+                add_digits(histogram, scores, wide, selection.prefix, selection.rounds)
             ranks.sum_(histogram)
         selection = streaming.settle(histogram, selection)
     if selection.need == 0:
         return Cut(selection.prefix, -1, -1, wide)
     ties, found = 0, None
     if ranks.size > 1:  # those of the ranks before come first
-        own = sum(int((keys(scores, wide) == selection.prefix).sum()) for _, _, scores in blocks())
+        own = sum(find_ties(scores, wide, selection.prefix, _ALL)[0] for _, _, scores in blocks())
         ties = sum(ranks.gather(own)[: ranks.rank])
     for tensor, positions, scores in blocks() if ties < selection.need else ():
-        here = positions[keys(scores, wide) == selection.prefix]
-        if ties + len(here) >= selection.need:
-            found = Cut(selection.prefix, tensor, int(here[selection.need - ties - 1]), wide)
+        here, place = find_ties(scores, wide, selection.prefix, selection.need - ties)
+        ties += here
+        if ties == selection.need:
+            found = Cut(selection.prefix, tensor, int(positions[place]), wide)
             break
-        ties += len(here)
     for cut in ranks.gather(found):
         if cut is not None:
             return cut

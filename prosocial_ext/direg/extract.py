@@ -17,12 +17,14 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from prosocial_ext.direg.ahead import ahead
 from prosocial_ext.direg.cut import Cut, ScoredBlock, find_cut, keys, nothing
 from prosocial_ext.direg.errors import refuse, shown
 from prosocial_ext.direg.pairing import Pair, Pairs, groups
@@ -33,6 +35,7 @@ from prosocial_ext.direg.rules import Rule, choose_rule
 from prosocial_ext.direg.safetensors_file import SafetensorsFile
 from prosocial_ext.direg.sparse_file import Measure, SparseReader, SparseWriter
 from prosocial_ext.ops import _streaming as streaming
+from prosocial_ext.ops._stream import EVERYTHING, Buffers, Collector, Edge, keep
 from prosocial_ext.reference import check
 from prosocial_ext.reference.topm import entry_count
 
@@ -44,6 +47,7 @@ Progress = Callable[[int], object]  # called with the number of bytes just read
 
 _CHUNK = 1 << 20  # elements; larger ones measure no faster
 _BYTES_PER_ELEMENT = 256  # of all temporaries of one float64 chunk with importance, at density 1
+_MOST_THREADS = 4  # so that their chunks, at 44 bytes an element, and the caller's stay below that
 _MOST_SAMPLES = 1 << 16  # 12 sigma of the rank are 1.4 % of the entries
 _SIGMAS = 12
 
@@ -198,7 +202,7 @@ class _Spill:
     """Candidates on disk, a piece per chunk of data: offsets in the chunk and the columns of `_columns`."""
 
     def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
+        self._descriptor, self._buffers = descriptor, Buffers()
         self.clear()
 
     def clear(self) -> None:
@@ -214,15 +218,29 @@ class _Spill:
             self._end += part.numel() * part.element_size()
         self.entries += len(offsets)
 
-    def blocks(self, tensor: int) -> Iterator[tuple[Tensor, list[Tensor]]]:
-        """Positions and columns of a tensor's candidates, in ascending order."""
+    def blocks(self, tensor: int) -> Iterator[tuple[int, Tensor, list[Tensor]]]:
+        """Starts, offsets from there and columns of a tensor's candidates, ascending; gone at the next ones."""
         for start, count, place, dtype, columns in self.pieces.get(tensor, []):
-            offsets = self._read(place, count, torch.int32)
+            offsets = self._read("offsets", place, count, torch.int32)
             starts = [place + (4 + dtype.itemsize * k) * count for k in range(columns)]
-            yield offsets.long() + start, [self._read(begin, count, dtype) for begin in starts]
+            yield start, offsets, [self._read(f"column {k}", at, count, dtype) for k, at in enumerate(starts)]
 
-    def _read(self, place: int, count: int, dtype: torch.dtype) -> Tensor:
-        return read_all(self._descriptor, place, place + count * dtype.itemsize).view(dtype)
+    def _read(self, name: str, place: int, count: int, dtype: torch.dtype) -> Tensor:
+        held = self._buffers.take(name, count, dtype)
+        if count:  # numpy gives no buffer of nothing
+            read_all(self._descriptor, place, place + held.nbytes, held.view(torch.uint8))
+        return held
+
+
+@dataclass(frozen=True)
+class _Shifted:
+    """Positions that count from a chunk's start: widening all to look up one would take longer than the search."""
+
+    start: int
+    offsets: Tensor
+
+    def __getitem__(self, place: int) -> int:
+        return self.start + int(self.offsets[place])
 
 
 def _select(work: _Work, spill: _Spill, group: range, m: int, always_miss: bool, team: Ranks) -> Cut:
@@ -236,10 +254,11 @@ def _select(work: _Work, spill: _Spill, group: range, m: int, always_miss: bool,
 
     def blocks() -> Iterator[ScoredBlock]:
         for i in work.own(group):
-            for positions, columns in spill.blocks(i):
-                yield i, positions, columns[work.rule.column]
+            for start, offsets, columns in spill.blocks(i):
+                yield i, _Shifted(start, offsets), columns[work.rule.column]
 
-    return find_cut(blocks, m, wide, ranks=team)
+    known = work.rule.column == 0 and wide == work.wide and team.size == 1  # ranked by size, all of it here
+    return find_cut(blocks, m, wide, work.magnitudes - before if known else None, team)
 
 
 def _edge(work: _Work, group: range, m: int, wide: bool, team: Ranks) -> Cut | None:
@@ -248,7 +267,7 @@ def _edge(work: _Work, group: range, m: int, wide: bool, team: Ranks) -> Cut | N
     for i in group:
         starts.append(starts[-1] + work.pairs[i].numel)
     n = starts[-1]
-    samples = min(_MOST_SAMPLES, max(1 << 10, n >> 10))
+    samples = min(_MOST_SAMPLES, max(1 << 10, n >> 13))  # a read each, against 16 KB of bf16 looked at
     share = m / n if n else 1.0
     rank = math.ceil(samples * share + _SIGMAS * math.sqrt(samples * share * (1 - share)) + 64)
     if n <= _MOST_SAMPLES or rank > samples:
@@ -269,32 +288,75 @@ def _edge(work: _Work, group: range, m: int, wide: bool, team: Ranks) -> Cut | N
 
 def _gather(work: _Work, spill: _Spill, group: range, edge: Cut | None) -> None:
     spill.clear()
-    looking = streaming.Selection(0, work.wide)
+    threads = min(_MOST_THREADS, torch.get_num_threads())
+    collectors = [Collector(work.wide) for _ in range(threads + 1)]  # one per chunk that is alive
+    chunks = [(i, start) for i in work.own(group) for start in range(0, work.pairs[i].numel, work.chunk)]
+    looks = (
+        partial(_look, work, collectors[k % len(collectors)], i, start,
+                EVERYTHING if edge is None else edge.edge(i, start))
+        for k, (i, start) in enumerate(chunks)
+    )  # fmt: skip
+    energy, effect, total = (dict.fromkeys(work.own(group), zero) for zero in (0.0, 0.0, 0))
+    for (i, start), found in zip(chunks, ahead(looks, threads), strict=True):
+        energy[i] += found.energy
+        effect[i] += found.effect
+        total[i] += found.word_sum
+        spill.append(i, start, found.offsets, found.columns)
+        work.progress(found.bytes)
     for i in work.own(group):
-        pair = work.pairs[i]
-        energy, effect, total = 0.0, 0.0, 0
-        for start in range(0, pair.numel, work.chunk):
-            stop = min(pair.numel, start + work.chunk)
-            sides, columns = _columns(work, i, range(start, stop))
-            plain = pair.benign is None and not pair.is_delta  # else the difference itself is looked at
-            base, tuned = sides[:2] if plain else (torch.zeros_like(columns[0]), columns[0])
-            if bad := streaming.add_histogram_(work.magnitudes, [base], [base], [tuned], looking):
-                what = f"the differences at {shown(pair.name)}"
-                refuse(what, "be finite", f"{bad} NaN or Inf", "Repair the checkpoints.")
-            energy += float(torch.linalg.vector_norm(columns[0], dtype=torch.float64)) ** 2
-            if pair.importance is not None:
-                if not bool(columns[-1].isfinite().all()):
-                    refuse(f"difference times importance at {shown(pair.name)}", "be finite", "Inf", "Scale it down.")
-                effect += float(torch.linalg.vector_norm(columns[-1], 1, dtype=torch.float64))
-            total += word_sum(sides[0])
-            scores = columns[work.rule.column]
-            held = torch.ones_like(scores, dtype=torch.bool) if edge is None else edge.holds_run(scores, i, start)
-            offsets = held.nonzero().flatten()
-            spill.append(i, start, offsets, [column[offsets] for column in columns])
-            work.progress(sum(side.nbytes for side in sides))
-        work.energy[i], work.word_sums[i] = _rounded(energy), total % 2**64
-        if pair.importance is not None:
-            work.effect[i] = _rounded(effect)
+        work.energy[i], work.word_sums[i] = _rounded(energy[i]), int(total[i]) % 2**64
+        if work.pairs[i].importance is not None:
+            work.effect[i] = _rounded(effect[i])
+    for collector in collectors:
+        work.magnitudes += collector.histogram
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What one look at a chunk found: the entries that the edge holds, sums over all, and how much was read."""
+
+    offsets: Tensor
+    columns: list[Tensor]
+    energy: float
+    effect: float
+    word_sum: int
+    bytes: int
+
+
+def _look(work: _Work, collector: Collector, i: int, start: int, edge: Edge) -> _Found:
+    """Look at one chunk: by one kernel where entries are ranked by size alone, else step by step."""
+    pair, stop = work.pairs[i], min(work.pairs[i].numel, start + work.chunk)
+    what = f"the differences at {shown(pair.name)}"
+    plain = pair.benign is None and not pair.is_delta  # else the difference itself is looked at
+    if plain and pair.importance is None and not work.rule.is_drawn:
+        base, tuned = pair.base.read(start, stop), pair.tuned.read(start, stop)
+        looked = collector.look(base, tuned, None, pair.dtype, edge)
+        if looked.bad_values:
+            refuse(what, "be finite", f"{looked.bad_values} NaN or Inf", "Repair the checkpoints.")
+        energy = math.sqrt(looked.energy) ** 2  # rounded as the kept energy that it is compared with
+        return _Found(looked.offsets, [looked.values], energy, 0.0, looked.word_sum, base.nbytes + tuned.nbytes)
+    sides, columns = _columns(work, i, range(start, stop))
+    base, tuned = sides[:2] if plain else (torch.zeros_like(columns[0]), columns[0])
+    looking = streaming.Selection(0, work.wide)
+    if bad := streaming.add_histogram_(collector.histogram, [base], [base], [tuned], looking):
+        refuse(what, "be finite", f"{bad} NaN or Inf", "Repair the checkpoints.")
+    effect = 0.0
+    if pair.importance is not None:
+        if not bool(columns[-1].isfinite().all()):
+            refuse(f"difference times importance at {shown(pair.name)}", "be finite", "Inf", "Scale it down.")
+        effect = float(torch.linalg.vector_norm(columns[-1], 1, dtype=torch.float64))
+    ranks = keys(columns[work.rule.column], edge.wide)
+    held, until = ranks > edge.key, min(max(edge.index + 1, 0), len(ranks))
+    held[:until] = ranks[:until] >= edge.key
+    offsets = held.nonzero().flatten()
+    return _Found(
+        offsets,
+        [column[offsets] for column in columns],
+        float(torch.linalg.vector_norm(columns[0], dtype=torch.float64)) ** 2,
+        effect,
+        word_sum(sides[0]),
+        sum(side.nbytes for side in sides),
+    )
 
 
 def _columns(work: _Work, i: int, where: range | Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -333,7 +395,12 @@ def _write(work: _Work, spill: _Spill, writer: SparseWriter, i: int, cut: Cut, f
     pair, rule = work.pairs[i], work.rule
 
     def chosen() -> Iterator[tuple[Tensor, list[Tensor]]]:
-        for positions, columns in spill.blocks(i):
+        for start, offsets, columns in spill.blocks(i):
+            if len(columns) == 1:
+                positions, values = keep(offsets, start, columns[0], columns[0], cut.edge(i, start))
+                yield positions, [values]
+                continue
+            positions = offsets.long() + start
             held = cut.holds(columns[rule.column], i, positions)
             yield positions[held], [column[held] for column in columns]
 

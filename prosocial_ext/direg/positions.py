@@ -10,10 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["MOST_GAP_BYTES", "bits_of", "decode_gaps", "encode_gaps", "gap_bytes", "positions_of"]
+from prosocial_ext import _C
 
-MOST_GAP_BYTES = 7  # 49 bits: tensors have at most 2**48 elements
-_BIT = torch.arange(8, dtype=torch.uint8, device="cpu")
+__all__ = ["bits_of", "decode_gaps", "encode_gaps", "gap_bytes", "positions_of"]
 
 
 def gap_bytes(positions: Tensor, previous: int) -> int:
@@ -22,8 +21,8 @@ def gap_bytes(positions: Tensor, previous: int) -> int:
     >>> gap_bytes(torch.tensor([0, 1, 200]), previous=-1)
     4
     """
-    lengths = _lengths(_gaps(positions, previous))
-    return len(positions) if lengths is None else int(lengths.sum())
+    positions = positions.contiguous()
+    return int(_C.stream_gap_bytes(positions.data_ptr(), len(positions), previous))
 
 
 def encode_gaps(positions: Tensor, previous: int) -> Tensor:
@@ -32,43 +31,33 @@ def encode_gaps(positions: Tensor, previous: int) -> Tensor:
     >>> encode_gaps(torch.tensor([0, 1, 200]), previous=-1).tolist()
     [0, 0, 198, 1]
     """
-    gaps = _gaps(positions, previous)
-    lengths = _lengths(gaps)
-    if lengths is None:
-        return gaps.to(torch.uint8)
-    starts = lengths.cumsum(0) - lengths
-    encoded = torch.empty(int(lengths.sum()), dtype=torch.uint8, device="cpu")
-    for k in range(int(lengths.max())):
-        here = lengths > k
-        digit = gaps[here] >> 7 * k & 127
-        encoded[starts[here] + k] = (digit | (lengths[here] > k + 1).long() << 7).to(torch.uint8)
+    positions = positions.contiguous()
+    encoded = torch.empty(gap_bytes(positions, previous), dtype=torch.uint8, device="cpu")
+    _C.stream_encode_gaps(positions.data_ptr(), len(positions), previous, encoded.data_ptr())
     return encoded
 
 
-def decode_gaps(encoded: Tensor) -> tuple[Tensor, int]:
-    """Return the gaps in a block of bytes (int64) and how many bytes at its end are the beginning of another.
+def decode_gaps(encoded: Tensor, most: int, previous: int, numel: int) -> tuple[Tensor, int, bool]:
+    """Decode at most ``most`` positions that follow ``previous`` from a block of bytes (uint8).
+
+    Returns:
+        The positions (int64), how many bytes they took, and whether all are below ``numel``. A gap that the block
+        cuts off is left for the next one.
 
     Raises:
-        OverflowError: A gap is longer than `MOST_GAP_BYTES`.
+        OverflowError: A gap takes more than 7 bytes.
 
-    >>> decode_gaps(torch.tensor([0, 198, 1, 200], dtype=torch.uint8))
-    (tensor([  0, 198]), 1)
+    >>> decode_gaps(torch.tensor([0, 198, 1, 200], dtype=torch.uint8), most=9, previous=-1, numel=200)
+    (tensor([  0, 199]), 3, True)
     """
-    if len(encoded) == 0 or int(encoded.max()) < 128:  # most blocks, at a density of a few per cent and more
-        return encoded.long(), 0
-    ends = (encoded < 128).nonzero().flatten()
-    used = int(ends[-1]) + 1 if len(ends) else 0
-    left = len(encoded) - used
-    starts = torch.cat([ends.new_zeros(min(1, len(ends))), ends[:-1] + 1])
-    lengths = ends - starts + 1
-    longest = int(lengths.max()) if len(lengths) else 0
-    if max(longest, left + 1) > MOST_GAP_BYTES:
+    encoded = encoded.contiguous()
+    positions = torch.empty(min(most, len(encoded)), dtype=torch.int64, device="cpu")
+    found, used, inside = _C.stream_decode_gaps(
+        encoded.data_ptr(), len(encoded), len(positions), previous, numel, positions.data_ptr()
+    )
+    if found < 0:
         raise OverflowError
-    gaps = torch.zeros_like(ends)
-    for k in range(longest):
-        here = lengths > k
-        gaps[here] |= (encoded[starts[here] + k].long() & 127) << 7 * k
-    return gaps, left
+    return positions[:found], used, inside
 
 
 def bits_of(positions: Tensor, first: int, count: int) -> Tensor:
@@ -77,9 +66,10 @@ def bits_of(positions: Tensor, first: int, count: int) -> Tensor:
     >>> bits_of(torch.tensor([8, 10, 16]), first=8, count=2).tolist()
     [5, 1]
     """
-    marks = torch.zeros(8 * count, dtype=torch.uint8, device="cpu")
-    marks[positions - first] = 1
-    return (marks.view(count, 8) << _BIT).sum(1, dtype=torch.uint8)
+    positions = positions.contiguous()
+    bitmap = torch.zeros(count, dtype=torch.uint8, device="cpu")
+    _C.stream_set_bits(positions.data_ptr(), len(positions), first, bitmap.data_ptr())
+    return bitmap
 
 
 def positions_of(bitmap: Tensor, first: int) -> Tensor:
@@ -88,20 +78,8 @@ def positions_of(bitmap: Tensor, first: int) -> Tensor:
     >>> positions_of(torch.tensor([5, 1], dtype=torch.uint8), first=8)
     tensor([ 8, 10, 16])
     """
-    return (bitmap[:, None] >> _BIT & 1).flatten().nonzero().flatten() + first
-
-
-def _gaps(positions: Tensor, previous: int) -> Tensor:
-    return torch.diff(positions, prepend=positions.new_full((min(1, len(positions)),), previous)) - 1
-
-
-def _lengths(gaps: Tensor) -> Tensor | None:
-    """Bytes per gap; None where it is one for all."""
-    largest = int(gaps.max()) if len(gaps) else 0
-    if largest < 128:
-        return None
-    lengths = torch.ones_like(gaps)
-    for k in range(1, MOST_GAP_BYTES):
-        if largest >= 1 << 7 * k:
-            lengths += gaps >= 1 << 7 * k
-    return lengths
+    bitmap = bitmap.contiguous()
+    count = _C.stream_count_bits(bitmap.data_ptr(), len(bitmap))
+    positions = torch.empty(count, dtype=torch.int64, device="cpu")
+    _C.stream_get_bits(bitmap.data_ptr(), len(bitmap), first, positions.data_ptr())
+    return positions

@@ -10,13 +10,13 @@ from torch import Tensor
 __all__ = ["read_all", "write_all"]
 
 
-def read_all(descriptor: int, start: int, stop: int) -> Tensor:
-    """Return bytes [start, stop) of a file as a new uint8 tensor.
+def read_all(descriptor: int, start: int, stop: int, into: Tensor | None = None) -> Tensor:
+    """Return bytes [start, stop) of a file as a new uint8 tensor, or in ``into``, one of their number.
 
     Raises:
         EOFError: The file ends before.
     """
-    buffer = torch.empty(stop - start, dtype=torch.uint8, device="cpu")
+    buffer = torch.empty(stop - start, dtype=torch.uint8, device="cpu") if into is None else into
     view, done = buffer.numpy().data, 0
     while done < len(view):
         got = os.preadv(descriptor, [view[done:]], start + done)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from prosocial_ext.direg.safetensors_file import DTYPES, SafetensorsFile
+from prosocial_ext.ops import _stream as streaming
 
 __all__ = ["FileReader", "Reader", "TensorReader", "word_sum"]
 
@@ -74,9 +75,4 @@ def word_sum(elements: Tensor) -> int:
     >>> word_sum(torch.tensor([1, 2, 3], dtype=torch.int32)) == 1 + (2 << 32) + 3
     True
     """
-    raw = elements.contiguous().view(torch.uint8)
-    if rest := -len(raw) % 8:
-        raw = torch.cat([raw, raw.new_zeros(rest)])
-    if raw.data_ptr() % 8:
-        raw = raw.clone()
-    return int(raw.view(torch.int64).sum()) % 2**64
+    return streaming.word_sum(elements)

@@ -11,12 +11,14 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from prosocial_ext.direg.ahead import ahead
 from prosocial_ext.direg.checkpoint import INDEX, SINGLE, Checkpoint
 from prosocial_ext.direg.errors import refuse, shown
 from prosocial_ext.direg.hub import CARRIED
@@ -47,31 +49,34 @@ class Cursor:
     """A stream of ascending entries, taken up to one position after the other.
 
     >>> cursor = Cursor(iter([(torch.tensor([1, 5, 9]), torch.tensor([1.0, 5.0, 9.0]))]))
-    >>> cursor.take(6)[0], cursor.take(10)[1]
-    (tensor([1, 5]), tensor([9.]))
+    >>> list(cursor.take(6)), list(cursor.take(10))
+    ([(tensor([1, 5]), tensor([1., 5.]))], [(tensor([9]), tensor([9.]))])
     """
 
     def __init__(self, blocks: Iterator[Block]) -> None:
         self._blocks = blocks
         self._rest: Block | None = None
 
-    def take(self, stop: int) -> Block:
-        """The entries below ``stop`` that were not taken before."""
-        parts: list[Block] = []
+    def take(self, stop: int) -> Iterator[Block]:
+        """The entries below ``stop`` that were not taken before, in the blocks that they come in."""
         while True:
             block = self._rest if self._rest is not None else next(self._blocks, None)
             self._rest = None
             if block is None:
-                break
+                return
             positions, values = block
-            here = int(torch.searchsorted(positions, torch.tensor(stop, device="cpu")))
-            parts.append((positions[:here], values[:here]))
+            here = int(torch.searchsorted(positions, stop))
+            if here:
+                yield positions[:here], values[:here]
             if here < len(positions):
                 self._rest = positions[here:], values[here:]
-                break
-        if not parts:
-            return torch.zeros(0, dtype=torch.int64, device="cpu"), torch.zeros(0, device="cpu")
-        return torch.cat([p for p, _ in parts]), torch.cat([v for _, v in parts])
+                return
+
+    def take_whole(self, stop: int) -> Block:
+        """The same as one block."""
+        nothing = torch.zeros(0, dtype=torch.int64, device="cpu"), torch.zeros(0, device="cpu")
+        parts = list(self.take(stop)) or [nothing]
+        return torch.cat([positions for positions, _ in parts]), torch.cat([values for _, values in parts])
 
 
 def rewrite(
@@ -98,8 +103,9 @@ def rewrite(
                 place = len(header) + new.start
                 wanted = edit.wants(entry.name)
                 if wanted or new.dtype != entry.dtype:
-                    for start in range(0, entry.numel, chunk):
-                        elements = file.read(entry.name, start, min(entry.numel, start + chunk))
+                    starts = range(0, entry.numel, chunk)
+                    reads = (partial(file.read, entry.name, s, min(entry.numel, s + chunk)) for s in starts)
+                    for start, elements in zip(starts, ahead(reads), strict=True):
                         progress(elements.nbytes)
                         if wanted:
                             elements = edit.edit_(entry.name, start, elements)

@@ -20,6 +20,7 @@ from prosocial_ext.direg.positions import bits_of, decode_gaps, encode_gaps, gap
 from prosocial_ext.direg.safetensors_file import DTYPES, WORDS, SafetensorsFile
 from prosocial_ext.direg.safetensors_header import parse_json
 from prosocial_ext.direg.safetensors_writer import SafetensorsWriter
+from prosocial_ext.ops import _stream as streaming
 
 __all__ = ["Block", "Measure", "SparseReader", "SparseTensor", "SparseWriter"]
 
@@ -186,43 +187,42 @@ class SparseReader:
         tensor = self.tensors[name]
         what = f"tensor {shown(name)} of {self.file.path}"
         damaged = "The file is damaged."
-        done, last = 0, -1
-        for positions in self._positions(tensor, what):
+        done = 0
+        for positions, inside in self._positions(tensor, what):  # both encodings ascend whatever the bytes
+            if not inside:
+                refuse(f"positions of {what}", f"ascend inside [0, {tensor.numel})", "others", damaged)
             if len(positions) == 0:
                 continue
-            ascending = bool((torch.diff(positions) > 0).all()) and int(positions[0]) > last
-            if not ascending or int(positions.max()) >= tensor.numel:
-                refuse(f"positions of {what}", f"ascend inside [0, {tensor.numel})", "others", damaged)
             if done + len(positions) > tensor.entries:
                 refuse(f"positions of {what}", f"be {tensor.entries} as stated", "more", damaged)
             values = self.file.read(f"values.{name}", done, done + len(positions))
-            if self._finite and not bool(values.isfinite().all()):
+            if self._finite and not streaming.all_finite(values):
                 refuse(f"values of {what}", "be finite", "NaN or Inf", damaged)
-            done, last = done + len(positions), int(positions[-1])
+            done += len(positions)
             yield positions, values
         if done != tensor.entries:
             refuse(f"positions of {what}", f"be {tensor.entries} as stated", done, damaged)
 
-    def _positions(self, tensor: SparseTensor, what: str) -> Iterator[Tensor]:
+    def _positions(self, tensor: SparseTensor, what: str) -> Iterator[tuple[Tensor, bool]]:
+        """Blocks of ascending positions, and whether all of a block lie inside the tensor."""
         array = f"positions.{tensor.name}"
         size = self.file.entry(array).numel
         if tensor.encoding == "bitmap":
             for start in range(0, size, _BLOCK):
-                yield positions_of(self.file.read(array, start, min(size, start + _BLOCK)), 8 * start)
+                positions = positions_of(self.file.read(array, start, min(size, start + _BLOCK)), 8 * start)
+                yield positions, len(positions) == 0 or int(positions[-1]) < tensor.numel
             return
         start, last, found = 0, -1, 0
         while found < tensor.entries:
             block = self.file.read(array, start, min(size, start + _BLOCK))
             try:
-                gaps, left = decode_gaps(block)
+                positions, used, inside = decode_gaps(block, tensor.entries - found, last, tensor.numel)
             except OverflowError:
                 refuse(f"gaps of {what}", f"lie below {tensor.numel}", "longer ones", "The file is damaged.")
-            gaps = gaps[: tensor.entries - found]
-            if len(gaps) == 0:
+            if len(positions) == 0:
                 refuse(f"gaps of {what}", f"be {tensor.entries} as stated", found, "The file is damaged.")
-            positions = last + (gaps + 1).cumsum(0)  # steps below 2^49: the first one out of range shows before 2^63
-            yield positions
-            start, last, found = start + len(block) - left, int(positions[-1]), found + len(gaps)
+            yield positions, inside
+            start, last, found = start + used, int(positions[-1]), found + len(positions)
 
 
 def _metadata(kind: str, tensors: Sequence[SparseTensor], recipe: Mapping[str, Any]) -> dict[str, str]:

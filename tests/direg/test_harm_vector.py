@@ -201,9 +201,9 @@ def test_positions_survive_both_encodings() -> None:
         positions = torch.randint(size, (500,), generator=generator).unique()
         encoded = encode_gaps(positions, -1)
         assert len(encoded) == gap_bytes(positions, -1)
-        gaps, left = decode_gaps(encoded)
-        assert left == 0
-        assert ((gaps + 1).cumsum(0) - 1).tolist() == positions.tolist()
+        decoded, used, inside = decode_gaps(encoded, len(positions), -1, 2**48)
+        assert (used, inside) == (len(encoded), True)
+        assert decoded.tolist() == positions.tolist()
 
 
 @pytest.mark.parametrize("density", [0.001, 0.1, 0.9])

@@ -11,9 +11,15 @@ namespace pse {
     extern const ProjectionKernels projection_kernels; \
     extern const SamplingKernels sampling_kernels;     \
     extern const LimitKernels limit_kernels;           \
+    extern const StreamKernels stream_kernels;         \
     }
-#define PSE_TABLES(set) \
-    {#set, &set::topm_kernels, &set::projection_kernels, &set::sampling_kernels, &set::limit_kernels}
+#define PSE_TABLES(set)        \
+    {#set,                     \
+     &set::topm_kernels,       \
+     &set::projection_kernels, \
+     &set::sampling_kernels,   \
+     &set::limit_kernels,      \
+     &set::stream_kernels}
 
 #if PSE_HAVE_v2
 PSE_DECLARE_TABLES(v2)

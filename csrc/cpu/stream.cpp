@@ -1,0 +1,509 @@
+// What the streamed harm vector does to every element and entry; files, checks and memory are Python's.
+//
+// collect  one look at a chunk: difference, histogram, energy, fingerprint, and the entries at or above an edge.
+//          Tasks of fixed size write what they keep at their own place in the buffers; it is moved together at the end,
+//          so the order and every sum depend on the chunk alone.
+// the rest the same data as entries, on their way into and out of a file.
+#include "cpu/stream.h"
+
+#include <type_traits>
+
+#include "cpu/at_least.h"
+#include "cpu/convert.h"
+#include "cpu/lanes.h"
+#include "cpu/parallel.h"
+
+namespace pse {
+namespace PSE_ISA {
+
+constexpr int64_t kTask = 1 << 14;  // elements per task: 64 of them in a chunk of 2^20
+constexpr int kBlock = 1024;        // elements per working buffer: all buffers stay in L1
+constexpr int kBins = 1 << 16;
+constexpr int kLanes = 8;         // partial sums of squares, whatever the instruction set
+constexpr int kMostGapBytes = 7;  // 49 bits: tensors have at most 2^48 elements
+
+// What a task found.
+struct Found {
+    int64_t kept, bad_values, bad_weights, bad_scores;
+    uint64_t word_sum;
+    double energy, effective, smallest;
+};
+
+static int64_t num_tasks(int64_t n) { return (n + kTask - 1) / kTask; }
+
+static int64_t scratch_bytes(int64_t n, int threads) {
+    return num_tasks(n) * int64_t(sizeof(Found)) + int64_t(threads) * kBins * int64_t(sizeof(uint32_t));
+}
+
+// ---- sums
+
+// Squares are added lane by lane. Padded with zeros by the caller to whole groups of lanes.
+struct Squares {
+    Doubles lane[kLanes / kWidth];
+};
+template <class Real>
+static inline void add_squares(const Real* x, int n, Squares* sum) {
+    for (int i = 0; i < n; i += kLanes) {
+        for (int k = 0; k < kLanes / kWidth; ++k) {
+            const Doubles part = load_lanes(x + i + k * kWidth);
+            sum->lane[k] = sum->lane[k] + part * part;
+        }
+    }
+}
+static inline double total(const Squares& sum) {
+    double lanes[kLanes], result = 0;
+    for (int k = 0; k < kLanes / kWidth; ++k) store_lanes(sum.lane[k], lanes + k * kWidth);
+    for (int k = 0; k < kLanes; ++k) result += lanes[k];
+    return result;
+}
+
+static uint64_t word_sum(const void* data, int64_t bytes) {
+    const char* at = static_cast<const char*>(data);
+    uint64_t sum = 0;
+    const int64_t words = bytes / 8;
+    for (int64_t i = 0; i < words; ++i) {
+        uint64_t word;
+        __builtin_memcpy(&word, at + 8 * i, 8);
+        sum += word;
+    }
+    if (bytes % 8 != 0) {
+        uint64_t word = 0;
+        __builtin_memcpy(&word, at + 8 * words, size_t(bytes % 8));
+        sum += word;
+    }
+    return sum;
+}
+
+// ---- what a place in the order holds
+
+// Bit i: the entry with keys[i] at index i + first of the order is held.
+template <class Key>
+static inline uint32_t held(const Key* key, const Bound<Key>& bound, int64_t first) {
+    const int64_t through = bound.index + 1 - first;  // so many of the group lie at or before the index
+    if (through <= 0) return at_least(key, Key(bound.key + 1));
+    if (through >= kGroup) return at_least(key, bound.key);
+    const uint32_t before = (uint32_t(1) << through) - 1;
+    return (at_least(key, bound.key) & before) | (at_least(key, Key(bound.key + 1)) & ~before);
+}
+
+// Writes the elements whose bit is set, one after the other. May write up to kGroup elements from `out` on: a
+// compressed vector is stored whole, because compressing stores are slow (over 100 cycles on Zen 4).
+template <class T>
+static inline __attribute__((always_inline)) void put_kept(uint32_t mask, const T* group, T* out) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4) {
+        const __mmask16 low = __mmask16(mask), high = __mmask16(mask >> 16);
+        _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(low, _mm512_loadu_si512(group)));
+        _mm512_storeu_si512(out + __builtin_popcount(low),
+                            _mm512_maskz_compress_epi32(high, _mm512_loadu_si512(group + 16)));
+    } else {
+        for (int part = 0; part < 4; ++part) {
+            const __mmask8 eight = __mmask8(mask >> (8 * part));
+            _mm512_storeu_si512(out, _mm512_maskz_compress_epi64(eight, _mm512_loadu_si512(group + 8 * part)));
+            out += __builtin_popcount(eight);
+        }
+    }
+#else
+    for (; mask != 0; mask &= mask - 1) *out++ = group[__builtin_ctz(mask)];
+#endif
+}
+
+// ---- collect
+
+// The part of the chunk that one task looks at.
+template <class Real, class Key>
+static Found collect_task(const StreamChunk& chunk, int64_t begin, int64_t end, uint32_t* histogram) {
+    constexpr int kShift = int(sizeof(Key)) * 8 - 16;
+    const Bound<Key> edge = {Key(chunk.edge_key), chunk.edge_index};
+    Found found = {};
+    Squares squares = {};
+    int32_t* offsets = chunk.offsets + begin;
+    Real* values = static_cast<Real*>(chunk.values) + begin;
+    Real* scores = static_cast<Real*>(chunk.scores) + (chunk.importance != nullptr ? begin : 0);
+    Real value[kBlock], other[kBlock];
+    Key key[kBlock];
+    int32_t offset[kGroup];
+    for (int64_t start = begin; start < end; start += kBlock) {
+        const int n = int(end - start < kBlock ? end - start : kBlock);
+        const int whole = (n + kGroup - 1) / kGroup * kGroup;
+        load_block(chunk.base, DType(chunk.base_dtype), start, n, other);
+        load_block(chunk.tuned, DType(chunk.tuned_dtype), start, n, value);
+        Key bad = 0;
+        for (int i = 0; i < n; ++i) {
+            value[i] = sub_rn(value[i], other[i]);
+            score_key(value[i], &key[i]);
+            bad += Key(key[i] >= KeyTraits<Key>::infinity);
+        }
+        found.bad_values += int64_t(bad);
+        for (int i = 0; i < n; ++i) ++histogram[key[i] >> kShift];
+        for (int i = n; i < whole; ++i) {
+            value[i] = 0;
+            key[i] = 0;  // below every entry's
+        }
+        add_squares(value, whole, &squares);
+        if (chunk.importance != nullptr) {
+            load_block(chunk.importance, DType(chunk.importance_dtype), start, n, other);
+            Key bad_weights = 0, bad_scores = 0;
+            for (int i = 0; i < n; ++i) {
+                Key weight;
+                score_key(other[i], &weight);
+                bad_weights += Key((weight >= KeyTraits<Key>::infinity) | !(other[i] >= Real(0)));
+                other[i] = mul_rn(value[i], other[i]);
+                score_key(other[i], &key[i]);
+                bad_scores += Key(key[i] >= KeyTraits<Key>::infinity);
+            }
+            found.bad_weights += int64_t(bad_weights);
+            found.bad_scores += int64_t(bad_scores);
+        }
+        for (int i = 0; i < n; i += kGroup) {
+            const uint32_t mask = held(key + i, edge, start + i);
+            if (mask == 0) continue;
+            for (int k = 0; k < kGroup; ++k) offset[k] = int32_t(start) + i + k;
+            put_kept(mask, offset, offsets + found.kept);
+            put_kept(mask, value + i, values + found.kept);
+            if (chunk.importance != nullptr) put_kept(mask, other + i, scores + found.kept);
+            found.kept += __builtin_popcount(mask);
+        }
+    }
+    const int64_t size = dtype_size(DType(chunk.base_dtype));  // tasks begin at whole words
+    found.word_sum = word_sum(static_cast<const char*>(chunk.base) + begin * size, (end - begin) * size);
+    found.energy = total(squares);
+    return found;
+}
+
+template <class Real, class Key>
+static void collect_as(StreamChunk& chunk) {
+    const int64_t tasks = num_tasks(chunk.n);
+    Found* found = static_cast<Found*>(chunk.scratch);
+    uint32_t* histograms = reinterpret_cast<uint32_t*>(found + tasks);
+    __builtin_memset(histograms, 0, size_t(chunk.threads) * kBins * sizeof(uint32_t));
+    parallel_for_with_thread(tasks, chunk.threads, [&](int64_t task, int thread) {
+        const int64_t end = (task + 1) * kTask < chunk.n ? (task + 1) * kTask : chunk.n;
+        found[task] = collect_task<Real, Key>(chunk, task * kTask, end, histograms + int64_t(thread) * kBins);
+    });
+    for (int thread = 0; thread < chunk.threads; ++thread)
+        for (int bin = 0; bin < kBins; ++bin) chunk.histogram[bin] += histograms[int64_t(thread) * kBins + bin];
+    chunk.kept = chunk.bad_values = chunk.bad_weights = chunk.bad_scores = 0;
+    chunk.energy = 0;
+    chunk.word_sum = 0;
+    Real* values = static_cast<Real*>(chunk.values);
+    Real* scores = static_cast<Real*>(chunk.scores);
+    for (int64_t task = 0; task < tasks; ++task) {
+        const Found& f = found[task];
+        const int64_t from = task * kTask;
+        if (from != chunk.kept) {
+            __builtin_memmove(chunk.offsets + chunk.kept, chunk.offsets + from, size_t(f.kept) * sizeof(int32_t));
+            __builtin_memmove(values + chunk.kept, values + from, size_t(f.kept) * sizeof(Real));
+            if (chunk.importance != nullptr)
+                __builtin_memmove(scores + chunk.kept, scores + from, size_t(f.kept) * sizeof(Real));
+        }
+        chunk.kept += f.kept;
+        chunk.bad_values += f.bad_values;
+        chunk.bad_weights += f.bad_weights;
+        chunk.bad_scores += f.bad_scores;
+        chunk.energy += f.energy;
+        chunk.word_sum += f.word_sum;
+    }
+}
+
+static void collect(StreamChunk& chunk) {
+    if (chunk.wide) return collect_as<double, uint64_t>(chunk);
+    if (chunk.wide_keys) return collect_as<float, uint64_t>(chunk);
+    return collect_as<float, uint32_t>(chunk);
+}
+
+// ---- entries that were kept
+
+// Calls body(place, keys, number of them) for groups of scores; the keys of the last one are padded with 0.
+template <class Key, class Real, class Body>
+static inline __attribute__((always_inline)) void for_each_group(const Real* scores, int64_t n, const Body& body) {
+    Key key[kGroup];
+    for (int64_t start = 0; start < n; start += kGroup) {
+        const int count = int(n - start < kGroup ? n - start : kGroup);
+        for (int i = 0; i < count; ++i) score_key(scores[start + i], &key[i]);
+        for (int i = count; i < kGroup; ++i) key[i] = 0;
+        body(start, key, count);
+    }
+}
+
+// Calls body(scores, a key) with their types.
+template <class Body>
+static inline void with_scores(const void* scores, int wide, int wide_keys, const Body& body) {
+    if (wide) return body(static_cast<const double*>(scores), uint64_t());
+    if (wide_keys) return body(static_cast<const float*>(scores), uint64_t());
+    return body(static_cast<const float*>(scores), uint32_t());
+}
+
+static int64_t keep(const int32_t* offsets, int64_t first, const void* values, const void* scores, int64_t n, int wide,
+                    int wide_keys, uint64_t key, int64_t index, int64_t* kept_positions, void* kept_values) {
+    int64_t through = 0;  // offsets ascend, so the index becomes a place among them
+    for (int64_t left = n; left > 0;) {
+        const int64_t half = left / 2;
+        const bool before = offsets[through + half] <= index;
+        through = before ? through + half + 1 : through;
+        left = before ? left - half - 1 : half;
+    }
+    int64_t kept = 0;
+    with_scores(scores, wide, wide_keys, [&](auto* ranked, auto k) {
+        using Real = std::remove_const_t<std::remove_pointer_t<decltype(ranked)>>;
+        const Bound<decltype(k)> bound = {decltype(k)(key), through - 1};
+        const Real* from = static_cast<const Real*>(values);
+        Real* to = static_cast<Real*>(kept_values);
+        for_each_group<decltype(k)>(ranked, n, [&](int64_t start, const auto* group, int count) {
+            uint32_t mask = held(group, bound, start);
+            if (count < kGroup) mask &= (uint32_t(1) << count) - 1;
+            int64_t position[kGroup];
+            Real value[kGroup];
+            for (int i = 0; i < count; ++i) position[i] = first + offsets[start + i];
+            for (int i = 0; i < count; ++i) value[i] = from[start + i];
+            put_kept(mask, position, kept_positions + kept);
+            put_kept(mask, value, to + kept);
+            kept += __builtin_popcount(mask);
+        });
+    });
+    return kept;
+}
+
+static void add_digits(const void* scores, int64_t n, int wide, int wide_keys, uint64_t prefix, int round,
+                       int64_t* histogram) {
+    with_scores(scores, wide, wide_keys, [&](auto* ranked, auto k) {
+        using Key = decltype(k);
+        const int shift = int(sizeof(Key)) * 8 - 16 - 16 * round;
+        const Key low = Key(prefix), last = Key(low | ((uint64_t(1) << (shift + 16 < 63 ? shift + 16 : 63)) - 1));
+        for_each_group<Key>(ranked, n, [&](int64_t, const Key* group, int count) {
+            uint32_t mask = count < kGroup ? (uint32_t(1) << count) - 1 : ~uint32_t(0);
+            if (round > 0) mask &= at_least(group, low) & ~at_least(group, Key(last + 1));
+            for (; mask != 0; mask &= mask - 1) ++histogram[(group[__builtin_ctz(mask)] >> shift) & 0xffff];
+        });
+    });
+}
+
+static int64_t find_ties(const void* scores, int64_t n, int wide, int wide_keys, uint64_t key, int64_t most,
+                         int64_t* place) {
+    int64_t found = 0;
+    *place = -1;
+    with_scores(scores, wide, wide_keys, [&](auto* ranked, auto k) {
+        using Key = decltype(k);
+        for_each_group<Key>(ranked, n, [&](int64_t start, const Key* group, int) {
+            for (uint32_t mask = at_least(group, Key(key)) & ~at_least(group, Key(key + 1)); mask != 0 && found < most;
+                 mask &= mask - 1) {
+                ++found;
+                *place = start + __builtin_ctz(mask);
+            }
+        });
+    });
+    return found;
+}
+
+// ---- gaps
+
+static inline int gap_length(uint64_t gap) { return gap < 128 ? 1 : (63 - __builtin_clzll(gap)) / 7 + 1; }
+
+static int64_t gap_bytes(const int64_t* positions, int64_t n, int64_t previous) {
+    int64_t longer = 0;  // the usual block has gaps below 128 only: one byte each, a loop that vectorises
+    for (int64_t i = 0; i < n; ++i) longer += positions[i] - (i == 0 ? previous : positions[i - 1]) > 128;
+    if (longer == 0) return n;
+    int64_t bytes = 0;
+    for (int64_t i = 0; i < n; ++i)
+        bytes += gap_length(uint64_t(positions[i] - (i == 0 ? previous : positions[i - 1]) - 1));
+    return bytes;
+}
+
+static int64_t encode_gaps(const int64_t* positions, int64_t n, int64_t previous, uint8_t* out) {
+    const uint8_t* begin = out;
+    for (int64_t i = 0; i < n; ++i) {
+        uint64_t gap = uint64_t(positions[i] - previous - 1);
+        previous = positions[i];
+        for (; gap >= 128; gap >>= 7) *out++ = uint8_t(gap | 128);
+        *out++ = uint8_t(gap);
+    }
+    return out - begin;
+}
+
+static int64_t decode_gaps(const uint8_t* bytes, int64_t n, int64_t most, int64_t previous, int64_t numel,
+                           int64_t* positions, int64_t* used, int* inside) {
+    uint64_t last = uint64_t(previous), out_of_range = 0;
+    int64_t found = 0, at = 0, left = n;
+    while (found < most && left > 0) {
+        uint64_t eight;
+        if (left >= 8 && most - found >= 8) {
+            __builtin_memcpy(&eight, bytes + at, 8);
+            if ((eight & 0x8080808080808080u) == 0) {  // eight short gaps at once
+                for (int k = 0; k < 8; ++k) {
+                    last += bytes[at + k] + uint64_t(1);
+                    positions[found + k] = int64_t(last);
+                    out_of_range |= uint64_t(last >= uint64_t(numel));
+                }
+                at += 8;
+                left -= 8;
+                found += 8;
+                continue;
+            }
+        }
+        uint64_t gap = 0;
+        int length = 0;
+        while (length < left && bytes[at + length] >= 128) {
+            if (length == kMostGapBytes - 1) return -1;  // a last byte would be the eighth
+            gap |= uint64_t(bytes[at + length] & 127) << (7 * length);
+            ++length;
+        }
+        if (length == left) break;  // the rest is the beginning of another
+        gap |= uint64_t(bytes[at + length]) << (7 * length);
+        last += gap + 1;
+        positions[found++] = int64_t(last);
+        out_of_range |= uint64_t(last >= uint64_t(numel));
+        at += length + 1;
+        left -= length + 1;
+    }
+    *used = at;
+    *inside = out_of_range == 0;
+    return found;
+}
+
+// ---- bits
+
+static void set_bits(const int64_t* positions, int64_t n, int64_t first, uint8_t* bitmap) {
+    for (int64_t i = 0; i < n; ++i) {
+        const int64_t bit = positions[i] - first;
+        bitmap[bit / 8] = uint8_t(bitmap[bit / 8] | (1u << (bit % 8)));
+    }
+}
+
+static inline uint64_t word_at(const uint8_t* bytes, int64_t at, int64_t n) {
+    uint64_t word = 0;
+    __builtin_memcpy(&word, bytes + at, size_t(n - at < 8 ? n - at : 8));
+    return word;
+}
+
+static int64_t count_bits(const uint8_t* bitmap, int64_t bytes) {
+    int64_t count = 0;
+    for (int64_t at = 0; at < bytes; at += 8) count += __builtin_popcountll(word_at(bitmap, at, bytes));
+    return count;
+}
+
+static void get_bits(const uint8_t* bitmap, int64_t bytes, int64_t first, int64_t* positions) {
+    for (int64_t at = 0; at < bytes; at += 8)
+        for (uint64_t word = word_at(bitmap, at, bytes); word != 0; word &= word - 1)
+            *positions++ = first + 8 * at + __builtin_ctzll(word);
+}
+
+// ---- subtract
+
+static inline void round_to(float x, float* out) { *out = x; }
+static inline void round_to(float x, bf16_t* out) { store_element(x, out); }
+static inline void round_to(float x, f16_t* out) { store_element(x, out); }
+static inline void round_to(double x, double* out) { *out = x; }
+static inline void round_to(double x, float* out) { *out = float(x); }
+static inline void round_to(double x, bf16_t* out) { store_element(float(x), out); }  // by way of fp32, as torch
+static inline void round_to(double x, f16_t* out) { store_element(float(x), out); }
+
+// Gathered into blocks, edited there by vectors, put back.
+template <class Real, class T, class V>
+static Found subtract_task(const StreamSubtraction& edit, int64_t begin, int64_t end) {
+    T* elements = static_cast<T*>(edit.elements) - edit.first;
+    T* before = static_cast<T*>(edit.before);
+    const V* values = static_cast<const V*>(edit.values);
+    const Real scale = Real(edit.scale);
+    Found found = {};
+    Squares requested = {}, effective = {};
+    Real old[kBlock], moved[kBlock], delta[kBlock];
+    double wished[kBlock], size[kBlock];
+    T rounded[kBlock];
+    double smallest[kLanes];
+    for (int k = 0; k < kLanes; ++k) smallest[k] = __builtin_inf();
+    for (int64_t start = begin; start < end; start += kBlock) {
+        const int n = int(end - start < kBlock ? end - start : kBlock);
+        const int whole = (n + kLanes - 1) / kLanes * kLanes;
+        for (int i = 0; i < n; ++i) before[start + i] = elements[edit.positions[start + i]];
+        load_block(before + start, n, old);
+        for (int i = 0; i < n; ++i) {
+            delta[i] = Real(values[start + i]);
+            wished[i] = double(values[start + i]) * edit.scale;
+            round_to(sub_rn(old[i], mul_rn(scale, delta[i])), &rounded[i]);
+        }
+        load_block(rounded, n, moved);
+        int64_t same = 0;
+        for (int i = 0; i < n; ++i) {
+            same += moved[i] == old[i];
+            size[i] = double(moved[i]) - double(old[i]);
+        }
+        found.kept += same;
+        for (int i = 0; i < n; ++i) elements[edit.positions[start + i]] = rounded[i];
+        for (int i = n; i < whole; ++i) wished[i] = size[i] = 0;
+        add_squares(wished, whole, &requested);
+        add_squares(size, whole, &effective);
+        for (int i = 0; i < n; ++i) {
+            const double magnitude = __builtin_fabs(double(values[start + i]));
+            smallest[i % kLanes] = magnitude < smallest[i % kLanes] ? magnitude : smallest[i % kLanes];
+        }
+    }
+    found.energy = total(requested);
+    found.effective = total(effective);
+    found.smallest = smallest[0];
+    for (int k = 1; k < kLanes; ++k) found.smallest = smallest[k] < found.smallest ? smallest[k] : found.smallest;
+    return found;
+}
+
+// fp64 throughout where the elements or the values are.
+template <class T>
+static Found subtract_part(const StreamSubtraction& edit, int64_t begin, int64_t end) {
+    if (edit.wide_values) return subtract_task<double, T, double>(edit, begin, end);
+    if constexpr (sizeof(T) == 8)
+        return subtract_task<double, T, float>(edit, begin, end);
+    else
+        return subtract_task<float, T, float>(edit, begin, end);
+}
+
+static void subtract(StreamSubtraction& edit) {
+    Found* found = static_cast<Found*>(edit.scratch);
+    const int64_t tasks = num_tasks(edit.n);
+    parallel_for(tasks, edit.threads, [&](int64_t task) {
+        const int64_t begin = task * kTask;
+        const int64_t end = begin + kTask < edit.n ? begin + kTask : edit.n;
+        switch (DType(edit.dtype)) {
+            case DType::f32: found[task] = subtract_part<float>(edit, begin, end); break;
+            case DType::f64: found[task] = subtract_part<double>(edit, begin, end); break;
+            case DType::f16: found[task] = subtract_part<f16_t>(edit, begin, end); break;
+            case DType::bf16: found[task] = subtract_part<bf16_t>(edit, begin, end); break;
+        }
+    });
+    edit.unchanged = 0;
+    edit.requested = edit.effective = 0;
+    edit.smallest = __builtin_inf();
+    for (int64_t task = 0; task < tasks; ++task) {
+        edit.unchanged += found[task].kept;
+        edit.requested += found[task].energy;
+        edit.effective += found[task].effective;
+        edit.smallest = found[task].smallest < edit.smallest ? found[task].smallest : edit.smallest;
+    }
+}
+
+template <class Bits>
+static int finite_bits(const void* data, Bits exponent, int64_t n) {
+    const char* at = static_cast<const char*>(data);
+    Bits bad = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        Bits bits;
+        __builtin_memcpy(&bits, at + i * int64_t(sizeof(Bits)), sizeof(Bits));
+        bad |= Bits((bits & exponent) == exponent);
+    }
+    return bad == 0;
+}
+
+static int all_finite(const void* data, int dtype, int64_t n) {
+    switch (DType(dtype)) {
+        case DType::f32: return finite_bits<uint32_t>(data, 0x7f800000u, n);
+        case DType::f64: return finite_bits<uint64_t>(data, 0x7ff0000000000000u, n);
+        case DType::f16: return finite_bits<uint16_t>(data, 0x7c00u, n);
+        case DType::bf16: return finite_bits<uint16_t>(data, 0x7f80u, n);
+    }
+    return 0;
+}
+
+extern const StreamKernels stream_kernels;
+const StreamKernels stream_kernels = {scratch_bytes, collect,   subtract,    keep,        add_digits,
+                                      find_ties,     gap_bytes, encode_gaps, decode_gaps, set_bits,
+                                      count_bits,    get_bits,  word_sum,    all_finite};
+
+}  // namespace PSE_ISA
+}  // namespace pse

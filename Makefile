@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH  ?= 2.13.0
 VENV   ?= .venv
 TESTS  ?= tests
-SANITIZE_TESTS ?= tests/ops
+SANITIZE_TESTS ?= tests/ops tests/direg/test_stream.py
 # Code for sm_80 runs on 8.x cards, PTX for 90 on later ones: every card works, in a third of a release's build time.
 ARCHS  ?= 80-real;90-real;90-virtual
 
@@ -51,7 +51,7 @@ bench: build ## measure the ops against their peers and this machine's memory
 # The reference is torch's code, not ours: its runs are left out. Python itself leaks, so leaks are not looked for.
 # libstdc++ comes first with the sanitizer, which must find it to follow exceptions; python does not load it itself.
 # --capture=sys lets the sanitizers' reports through, which go to the file descriptor just before the process dies.
-sanitize: build ## run the ops' tests under the address and undefined-behaviour sanitizers
+sanitize: build ## run the kernels' tests under the address and undefined-behaviour sanitizers
 	PROSOCIAL_SANITIZE=1 PROSOCIAL_CUDA=off $(PY) setup.py --quiet build \
 	  --build-base build/sanitize --build-lib build/sanitize/site
 	PROSOCIAL_TEST_ISA="$$($(PY) -c 'import prosocial_ext._C as c; print(c.available_isas()[-1])')" \

@@ -9,7 +9,7 @@ from prosocial_ext.demo.grammar import ATTRIBUTES
 from prosocial_ext.demo.results import DemoResults
 from prosocial_ext.evaluation import Rate
 
-__all__ = ["format_results", "table"]
+__all__ = ["format_results", "guided_rows", "rate_text", "table"]
 
 
 def format_results(results: DemoResults) -> str:
@@ -41,7 +41,12 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> s
     return "\n".join([title, *(line.rstrip() for line in lines)])
 
 
-def _rate(rate: Rate) -> str:
+def rate_text(rate: Rate) -> str:
+    """Return a rate and its interval in two digits.
+
+    >>> rate_text(Rate(0.25, 0.1, 0.5, 12))
+    '0.25 (0.10..0.50)'
+    """
     return f"{rate.value:.2f} ({rate.low:.2f}..{rate.high:.2f})"
 
 
@@ -54,11 +59,11 @@ def _safety(results: DemoResults) -> str:
     rows = [
         [
             row.name,
-            _rate(s.harm),
-            _rate(s.held_out),
-            _rate(s.refusals),
-            _rate(s.over_refusal),
-            _rate(s.howto),
+            rate_text(s.harm),
+            rate_text(s.held_out),
+            rate_text(s.refusals),
+            rate_text(s.over_refusal),
+            rate_text(s.howto),
             f"{s.perplexity:.4f}",
         ]
         for row in results.safety
@@ -90,10 +95,10 @@ def _support(results: DemoResults, w: float) -> str:
         [
             row.name,
             *(
-                _rate(rate) + ("*" if attribute == row.wanted else " ")
+                rate_text(rate) + ("*" if attribute == row.wanted else " ")
                 for attribute, rate in row.attributes.rates.items()
             ),
-            _rate(row.attributes.well_formed),
+            rate_text(row.attributes.well_formed),
         ]
         for row in shown
     ]
@@ -114,20 +119,24 @@ def _mip(results: DemoResults) -> str:
     return table(title, ["preference given", "guidance", "MIP", "right minus this, paired"], rows)
 
 
-def _guided(results: DemoResults) -> str:
-    rows = [
+def guided_rows(results: DemoResults) -> list[list[str]]:
+    """Return preference, guidance, reward model's model, harm, held-out harm and over-refusal of each guided row."""
+    return [
         [
             row.name,
             f"{row.guidance:g}",
             row.trained_on,
-            _rate(row.safety.harm),
-            _rate(row.safety.held_out),
-            _rate(row.safety.over_refusal),
+            rate_text(row.safety.harm),
+            rate_text(row.safety.held_out),
+            rate_text(row.safety.over_refusal),
         ]
         for row in results.guided
     ]
+
+
+def _guided(results: DemoResults) -> str:
     header = ["preference", "guidance", "reward model on", "harm answered", "held out", "over-refused"]
-    return table("Requests under guidance", header, rows)
+    return table("Requests under guidance", header, guided_rows(results))
 
 
 def _arms(results: DemoResults) -> str:

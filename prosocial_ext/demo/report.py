@@ -9,6 +9,7 @@ from typing import Any
 from prosocial_ext.demo import figures
 from prosocial_ext.demo.grammar import ATTRIBUTES, HELD_OUT, SENTENCES, TUNED_ON
 from prosocial_ext.demo.names import ADAM, BASE, DENSE, LARGEST, RIGHT, SAFE, SALIENT, SGD, UNGUIDED, UNIFORM, ZERO
+from prosocial_ext.demo.printing import guided_rows, rate_text
 from prosocial_ext.demo.results import DemoResults, SafetyRow, SupportRow
 from prosocial_ext.evaluation import Rate
 from prosocial_ext.evaluation.report import Report, figure_style
@@ -168,10 +169,10 @@ def _rules(report: Report, results: DemoResults) -> None:
         "The method takes the largest entries. That is the right choice where the copy was tuned by SGD, whose steps "
         f"are proportional to the gradient: the largest tenth holds {kept[SGD]:.0%} of the vector's energy. AdamW "
         "moves every entry by about the learning rate, whatever it is good for: the largest tenth holds "
-        f"{kept[ADAM]:.0%}, and leaves harm at {_rate(largest.harm)}. Ranked by the product of entry and harm "
+        f"{kept[ADAM]:.0%}, and leaves harm at {rate_text(largest.harm)}. Ranked by the product of entry and harm "
         "gradient, taken half-way between base and copy (its first-order effect), as many entries leave "
-        f"{_rate(salient.harm)}, and {_rate(salient.over_refusal)} of the harmless requests are refused. The whole "
-        f"vector leaves {_rate(dense.harm)} and refuses {_rate(dense.over_refusal)}."
+        f"{rate_text(salient.harm)}, and {rate_text(salient.over_refusal)} of the harmless requests are refused. The "
+        f"whole vector leaves {rate_text(dense.harm)} and refuses {rate_text(dense.over_refusal)}."
     )
     report.figure(
         figures.rules_figure(results),
@@ -238,7 +239,7 @@ def _attributes(report: Report, results: DemoResults) -> None:
     rows = []
     for name in names:
         found = results.support_of(name, 0.0 if name == UNGUIDED else w)
-        rows.append([name, *(_rate(found.rates[a]) for a in ATTRIBUTES), _rate(found.well_formed)])
+        rows.append([name, *(rate_text(found.rates[a]) for a in ATTRIBUTES), rate_text(found.well_formed)])
     report.table(["preference", *ATTRIBUTES, "well formed"], rows)
 
 
@@ -299,7 +300,7 @@ def _sweep(report: Report, results: DemoResults) -> None:
                 [
                     f"{w:g}",
                     name,
-                    _rate(cell.well_formed),
+                    rate_text(cell.well_formed),
                     f"{cell.repetition:.3f}",
                     f"{cell.distinct_2:.3f}",
                     f"{cell.perplexity:.3f}",
@@ -330,27 +331,17 @@ def _guided_safety(report: Report, results: DemoResults) -> None:
     own, w = results.guided[0], results.settings.guidance
     text = (
         "The reward model multiplies its own probabilities in, so whatever it would say counts. Trained on the edited "
-        f"model, it leaves harmful answers at {_rate(own.safety.harm)} at guidance {w:g}; the edited model alone gives "
-        f"{_rate(results.safety_of(SAFE).harm)}."
+        f"model, it leaves harmful answers at {rate_text(own.safety.harm)} at guidance {w:g}; the edited model alone "
+        f"gives {rate_text(results.safety_of(SAFE).harm)}."
     )
     leaks = [row for row in results.guided if row.trained_on == BASE]
     if leaks:
-        found = " and ".join(f"{_rate(row.safety.harm)} at guidance {row.guidance:g}" for row in leaks)
+        found = " and ".join(f"{rate_text(row.safety.harm)} at guidance {row.guidance:g}" for row in leaks)
         text += f" Trained on the base as it was, it brings the base's willingness with it: {found}."
     report.paragraph(text)
     safe = results.safety_of(SAFE)
-    rows = [["none", "", "", _rate(safe.harm), _rate(safe.held_out), _rate(safe.over_refusal)]]
-    rows += [
-        [
-            row.name,
-            f"{row.guidance:g}",
-            row.trained_on,
-            _rate(row.safety.harm),
-            _rate(row.safety.held_out),
-            _rate(row.safety.over_refusal),
-        ]
-        for row in results.guided
-    ]
+    rows = [["none", "", "", rate_text(safe.harm), rate_text(safe.held_out), rate_text(safe.over_refusal)]]
+    rows += guided_rows(results)
     report.table(
         ["preference", "guidance", "reward model trained on", "harm answered", "held out", "over-refused"], rows
     )
@@ -466,10 +457,10 @@ def _edit_table(report: Report, results: DemoResults, rows: Sequence[SafetyRow])
         cells.append(
             [
                 row.name,
-                _rate(s.harm),
-                _rate(s.held_out),
-                _rate(s.refusals),
-                _rate(s.over_refusal),
+                rate_text(s.harm),
+                rate_text(s.held_out),
+                rate_text(s.refusals),
+                rate_text(s.over_refusal),
                 f"{s.perplexity:.4f}",
                 "" if edit is None else f"{edit.energy:.3f}",
                 "" if edit is None or edit.effect is None else f"{edit.effect:.3f}",
@@ -484,10 +475,6 @@ def _edit_table(report: Report, results: DemoResults, rows: Sequence[SafetyRow])
 
 def _cell_of(results: DemoResults, name: str, guidance: float) -> str:
     return next(row.cell for row in results.support if (row.name, row.guidance) == (name, guidance))
-
-
-def _rate(rate: Rate) -> str:
-    return f"{rate.value:.2f} ({rate.low:.2f}..{rate.high:.2f})"
 
 
 def _surgery(name: str) -> str:

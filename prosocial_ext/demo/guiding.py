@@ -21,9 +21,9 @@ from prosocial_ext.demo.pairs import draw_pairs
 from prosocial_ext.demo.results import ArmRow, GuidedRow, MipRow, SupportRow
 from prosocial_ext.evaluation import Estimate, Rate, bootstrap_difference
 
-__all__ = ["ARM", "compare_surgeries", "guide", "measure_arm_of_base", "measure_sharp_arm", "train_reward_model"]
+__all__ = ["compare_surgeries", "guide", "measure_arm_of_base", "measure_sharp_arm", "train_reward_model"]
 
-ARM = "reward model"  # the headline's
+_ARM = "reward model"  # the headline's
 _LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # q, k, v alone steer weakly
 _EVEN = dict.fromkeys(ATTRIBUTES, 1 / len(ATTRIBUTES))
 _STRONG = (4.0,)  # times the headline's guidance, for requests
@@ -115,7 +115,7 @@ def guide(run: Context, safe: LlamaForCausalLM, arm: Any, log: ArmTrainingLog) -
             at = 0.0 if name == UNGUIDED else weight
             results.mip.append(MipRow(name, weight, _cell(name, at), measure_mip(run.people, flags), shortfall))
     diagonal = {name: results.support_of(name, w).rates[name] for name in ATTRIBUTES}
-    _arm_row(run, ARM, SAFE, arm, log, results.mip_of(RIGHT, w), results.mip_of(UNIFORM, w), diagonal)
+    _arm_row(run, _ARM, SAFE, arm, log, results.mip_of(RIGHT, w), results.mip_of(UNIFORM, w), diagonal)
     for name, preference, weight in (
         (UNIFORM, _EVEN, w),
         ("one-hot", run.one_hots(), w),

@@ -35,7 +35,7 @@ from prosocial_ext.direg.rules import Rule, choose_rule
 from prosocial_ext.direg.safetensors_file import SafetensorsFile
 from prosocial_ext.direg.sparse_file import Measure, SparseReader, SparseWriter
 from prosocial_ext.ops import _streaming as streaming
-from prosocial_ext.ops._stream import EVERYTHING, Buffers, Collector, Edge, keep
+from prosocial_ext.ops._stream import EVERYTHING, Buffers, Collector, keep
 from prosocial_ext.reference import check
 from prosocial_ext.reference.topm import entry_count
 
@@ -292,10 +292,8 @@ def _gather(work: _Work, spill: _Spill, group: range, edge: Cut | None) -> None:
     collectors = [Collector(work.wide) for _ in range(threads + 1)]  # one per chunk that is alive
     chunks = [(i, start) for i in work.own(group) for start in range(0, work.pairs[i].numel, work.chunk)]
     looks = (
-        partial(_look, work, collectors[k % len(collectors)], i, start,
-                EVERYTHING if edge is None else edge.edge(i, start))
-        for k, (i, start) in enumerate(chunks)
-    )  # fmt: skip
+        partial(_look, work, collectors[k % len(collectors)], i, start, edge) for k, (i, start) in enumerate(chunks)
+    )
     energy, effect, total = (dict.fromkeys(work.own(group), zero) for zero in (0.0, 0.0, 0))
     for (i, start), found in zip(chunks, ahead(looks, threads), strict=True):
         energy[i] += found.energy
@@ -323,14 +321,14 @@ class _Found:
     bytes: int
 
 
-def _look(work: _Work, collector: Collector, i: int, start: int, edge: Edge) -> _Found:
+def _look(work: _Work, collector: Collector, i: int, start: int, edge: Cut | None) -> _Found:
     """Look at one chunk: by one kernel where entries are ranked by size alone, else step by step."""
     pair, stop = work.pairs[i], min(work.pairs[i].numel, start + work.chunk)
     what = f"the differences at {shown(pair.name)}"
     plain = pair.benign is None and not pair.is_delta  # else the difference itself is looked at
     if plain and pair.importance is None and not work.rule.is_drawn:
         base, tuned = pair.base.read(start, stop), pair.tuned.read(start, stop)
-        looked = collector.look(base, tuned, None, pair.dtype, edge)
+        looked = collector.look(base, tuned, None, pair.dtype, EVERYTHING if edge is None else edge.edge(i, start))
         if looked.bad_values:
             refuse(what, "be finite", f"{looked.bad_values} NaN or Inf", "Repair the checkpoints.")
         energy = math.sqrt(looked.energy) ** 2  # rounded as the kept energy that it is compared with
@@ -345,10 +343,9 @@ def _look(work: _Work, collector: Collector, i: int, start: int, edge: Edge) -> 
         if not bool(columns[-1].isfinite().all()):
             refuse(f"difference times importance at {shown(pair.name)}", "be finite", "Inf", "Scale it down.")
         effect = float(torch.linalg.vector_norm(columns[-1], 1, dtype=torch.float64))
-    ranks = keys(columns[work.rule.column], edge.wide)
-    held, until = ranks > edge.key, min(max(edge.index + 1, 0), len(ranks))
-    held[:until] = ranks[:until] >= edge.key
-    offsets = held.nonzero().flatten()
+    positions = torch.arange(start, stop, device="cpu")
+    held = slice(None) if edge is None else edge.holds(columns[work.rule.column], i, positions)
+    offsets = positions[held] - start
     return _Found(
         offsets,
         [column[offsets] for column in columns],

@@ -13,7 +13,7 @@ from typing import Any
 
 from prosocial_ext.reference import check
 
-__all__ = ["Report", "figure_style"]
+__all__ = ["COLOURS", "Report", "figure_style"]
 
 # Okabe and Ito's colours: told apart with any colour vision, and in grey
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -175,7 +175,7 @@ class Report:
             '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
             "style-src 'unsafe-inline'\">\n"
             f"<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n{lead}\n"
-            + "\n".join([*self._split_contents(contents)])
+            + "\n".join(self._split_contents(contents))
             + "\n</body>\n</html>\n"
         )
 

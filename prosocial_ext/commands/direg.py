@@ -18,11 +18,13 @@ from typing import Any, NoReturn
 
 import torch
 
+from prosocial_ext.checkpoints.checkpoint import Checkpoint
+from prosocial_ext.checkpoints.errors import shown
+from prosocial_ext.checkpoints.outputs import check_output, check_outside
 from prosocial_ext.commands import UserError, direg_importance, direg_sweep
 from prosocial_ext.direg import SAFETY_ARITHMETIC_DENSITY, CheckpointError, HarmVector
 from prosocial_ext.direg.adapter import Adapter, is_adapter
 from prosocial_ext.direg.arithmetic import VALUES
-from prosocial_ext.direg.checkpoint import Checkpoint
 from prosocial_ext.direg.checkpoint_edit import (
     UNDO,
     CheckpointEdit,
@@ -31,10 +33,8 @@ from prosocial_ext.direg.checkpoint_edit import (
     plan_edit,
     revert_checkpoint,
 )
-from prosocial_ext.direg.errors import shown
 from prosocial_ext.direg.extract import DEFAULT_MEMORY, LEAST_MEMORY, plan_groups
 from prosocial_ext.direg.harm_stats import LOW_ENERGY_SHARE, ModuleStats
-from prosocial_ext.direg.outputs import check_output, check_outside
 from prosocial_ext.direg.pairing import SCOPES, Pairs, pair_adapter, pair_checkpoints
 from prosocial_ext.direg.ranks import torchrun_ranks
 from prosocial_ext.direg.rounding import ROUNDINGS

@@ -15,12 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from prosocial_ext.checkpoints.checkpoint import Checkpoint
+from prosocial_ext.checkpoints.errors import refuse
+from prosocial_ext.checkpoints.outputs import check_outside
 from prosocial_ext.commands import UserError
 from prosocial_ext.direg import CheckpointError, HarmVector
-from prosocial_ext.direg.checkpoint import Checkpoint
-from prosocial_ext.direg.errors import refuse
 from prosocial_ext.direg.extract import DEFAULT_MEMORY
-from prosocial_ext.direg.outputs import check_outside
 from prosocial_ext.direg.rewrite import write_json
 from prosocial_ext.direg.sweep import Cell, SweepTable, command_of, plan_cells, sweep_checkpoint, sweep_model
 

@@ -8,9 +8,9 @@ sit; `gradient_importance` ranks them by their effect, `harm_gradient` writes th
 harmful pairs.
 """
 
+from prosocial_ext.checkpoints.errors import CheckpointError
 from prosocial_ext.direg.checkpoint_edit import CheckpointEdit, apply_vector, revert_checkpoint
 from prosocial_ext.direg.checkpoint_gradient import HarmGradient, harm_gradient
-from prosocial_ext.direg.errors import CheckpointError
 from prosocial_ext.direg.harm_vector import HarmVector
 from prosocial_ext.direg.importance import gradient_importance
 from prosocial_ext.direg.models import matching_parameters

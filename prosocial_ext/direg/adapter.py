@@ -16,11 +16,11 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from prosocial_ext.direg.errors import listed, refuse, shown
-from prosocial_ext.direg.hub import fetch
-from prosocial_ext.direg.readers import FileReader, Reader
-from prosocial_ext.direg.safetensors_file import SafetensorsFile
-from prosocial_ext.direg.safetensors_header import MAX_HEADER, TensorEntry, parse_json
+from prosocial_ext.checkpoints.errors import listed, refuse, shown
+from prosocial_ext.checkpoints.hub import fetch
+from prosocial_ext.checkpoints.readers import FileReader, Reader
+from prosocial_ext.checkpoints.safetensors_file import SafetensorsFile
+from prosocial_ext.checkpoints.safetensors_header import MAX_HEADER, TensorEntry, parse_json
 
 __all__ = ["CONFIG", "Adapter", "ConstantReader", "is_adapter"]
 

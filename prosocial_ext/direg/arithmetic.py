@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from prosocial_ext import _C
-from prosocial_ext.direg.errors import listed, refuse, shown
+from prosocial_ext.checkpoints.errors import listed, refuse, shown
 from prosocial_ext.direg.rewrite import Cursor
 from prosocial_ext.direg.sparse_file import Block, Measure, SparseTensor, SparseWriter
 

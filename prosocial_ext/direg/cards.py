@@ -10,9 +10,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from prosocial_ext.direg.checkpoint import is_vocabulary
-from prosocial_ext.direg.errors import shown
-from prosocial_ext.direg.hub import is_hub_id
+from prosocial_ext.checkpoints.checkpoint import is_vocabulary
+from prosocial_ext.checkpoints.errors import shown
+from prosocial_ext.checkpoints.hub import is_hub_id
 from prosocial_ext.direg.sparse_file import SparseTensor
 
 __all__ = ["BASE_CARD", "CARD", "edit_card", "in_vocabulary", "vector_card"]

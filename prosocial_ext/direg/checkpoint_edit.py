@@ -14,20 +14,20 @@ import torch
 from torch import Tensor
 
 from prosocial_ext import _C
+from prosocial_ext.checkpoints.checkpoint import Checkpoint
+from prosocial_ext.checkpoints.errors import listed, refuse, shown
+from prosocial_ext.checkpoints.outputs import check_output, check_outside, new_folder
+from prosocial_ext.checkpoints.raw_io import write_all
+from prosocial_ext.checkpoints.readers import word_sum
+from prosocial_ext.checkpoints.safetensors_file import DTYPES, WORDS, SafetensorsFile
 from prosocial_ext.direg.cards import BASE_CARD, CARD, edit_card, in_vocabulary
-from prosocial_ext.direg.checkpoint import Checkpoint
-from prosocial_ext.direg.errors import listed, refuse, shown
 from prosocial_ext.direg.extract import DEFAULT_MEMORY, Progress, chunk_elements, fingerprint
 from prosocial_ext.direg.harm_vector import HarmVector
 from prosocial_ext.direg.live import fits
 from prosocial_ext.direg.outline import Outline, original, recorded, same, widened
-from prosocial_ext.direg.outputs import check_output, check_outside, new_folder
 from prosocial_ext.direg.ranks import ALONE, Ranks, append_part
-from prosocial_ext.direg.raw_io import write_all
-from prosocial_ext.direg.readers import word_sum
 from prosocial_ext.direg.rewrite import RECORDS, Cursor, converted, new_descriptor, rewrite, write_json
 from prosocial_ext.direg.rounding import Rounding
-from prosocial_ext.direg.safetensors_file import DTYPES, WORDS, SafetensorsFile
 from prosocial_ext.direg.sparse_file import Measure, SparseReader, SparseWriter
 from prosocial_ext.ops._stream import Buffers, subtract_
 from prosocial_ext.reference.topm import check_scale

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from prosocial_ext import ops
-from prosocial_ext.direg.errors import listed, refuse, shown
+from prosocial_ext.checkpoints.errors import listed, refuse, shown
 from prosocial_ext.direg.pairing import Pair, Pairs
 from prosocial_ext.reference import check
 

@@ -24,15 +24,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prosocial_ext.direg.ahead import ahead
+from prosocial_ext.checkpoints.ahead import ahead
+from prosocial_ext.checkpoints.errors import refuse, shown
+from prosocial_ext.checkpoints.raw_io import read_all, write_all
+from prosocial_ext.checkpoints.readers import Reader, word_sum
+from prosocial_ext.checkpoints.safetensors_file import SafetensorsFile
 from prosocial_ext.direg.cut import Cut, ScoredBlock, find_cut, keys, nothing
-from prosocial_ext.direg.errors import refuse, shown
 from prosocial_ext.direg.pairing import Pair, Pairs, groups
 from prosocial_ext.direg.ranks import ALONE, Ranks, append_part
-from prosocial_ext.direg.raw_io import read_all, write_all
-from prosocial_ext.direg.readers import Reader, word_sum
 from prosocial_ext.direg.rules import Rule, choose_rule
-from prosocial_ext.direg.safetensors_file import SafetensorsFile
 from prosocial_ext.direg.sparse_file import Measure, SparseReader, SparseWriter
 from prosocial_ext.ops import _streaming as streaming
 from prosocial_ext.ops._stream import EVERYTHING, Buffers, Collector, keep

@@ -16,22 +16,22 @@ import torch
 from torch import Tensor
 
 from prosocial_ext import _C
+from prosocial_ext.checkpoints.checkpoint import Checkpoint
+from prosocial_ext.checkpoints.errors import refuse, shown
+from prosocial_ext.checkpoints.hub import fetch_vector
+from prosocial_ext.checkpoints.outputs import check_output, check_outside, new_file
+from prosocial_ext.checkpoints.raw_io import write_all
+from prosocial_ext.checkpoints.safetensors_file import SafetensorsFile
 from prosocial_ext.direg.adapter import Adapter
 from prosocial_ext.direg.arithmetic import VALUES, round_values, write_sum
-from prosocial_ext.direg.checkpoint import Checkpoint
 from prosocial_ext.direg.controls import against_benign, check_one_control
 from prosocial_ext.direg.cut import Cut, ScoredBlock, find_cut
-from prosocial_ext.direg.errors import refuse, shown
 from prosocial_ext.direg.extract import DEFAULT_MEMORY, Progress, extract
 from prosocial_ext.direg.harm_stats import HarmVectorStats, ModuleStats
-from prosocial_ext.direg.hub import fetch_vector
 from prosocial_ext.direg.live import LiveEdit, subtract_live
 from prosocial_ext.direg.models import Weights
-from prosocial_ext.direg.outputs import check_output, check_outside, new_file
 from prosocial_ext.direg.pairing import Pairs, groups, pair_adapter, pair_checkpoints, pair_models
 from prosocial_ext.direg.ranks import ALONE, Ranks
-from prosocial_ext.direg.raw_io import write_all
-from prosocial_ext.direg.safetensors_file import SafetensorsFile
 from prosocial_ext.direg.sharing import VECTOR, push_vector, save_vector
 from prosocial_ext.direg.sparse_file import Block, Measure, SparseReader, SparseTensor, SparseWriter
 from prosocial_ext.direg.subtract import SAFETY_ARITHMETIC_DENSITY

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prosocial_ext.direg.errors import refuse, shown
-from prosocial_ext.direg.safetensors_header import parse_json
+from prosocial_ext.checkpoints.errors import refuse, shown
+from prosocial_ext.checkpoints.safetensors_header import parse_json
 
 __all__ = ["IGNORED", "EncodedPair", "encode_pairs", "right_padded"]
 

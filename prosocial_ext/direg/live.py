@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from prosocial_ext import ops
-from prosocial_ext.direg.checkpoint import is_vocabulary
-from prosocial_ext.direg.errors import listed, refuse, shown
+from prosocial_ext.checkpoints.checkpoint import is_vocabulary
+from prosocial_ext.checkpoints.errors import listed, refuse, shown
 from prosocial_ext.direg.shards import local_part, reshard
 from prosocial_ext.direg.sparse_file import Block, SparseTensor
 from prosocial_ext.ops import SparseDelta, TopmEdit

@@ -10,16 +10,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from prosocial_ext.direg.cards import BASE_CARD, CARD
-from prosocial_ext.direg.checkpoint import INDEX, SINGLE, Checkpoint
-from prosocial_ext.direg.errors import refuse, shown
-from prosocial_ext.direg.safetensors_header import (
+from prosocial_ext.checkpoints.checkpoint import INDEX, SINGLE, Checkpoint
+from prosocial_ext.checkpoints.errors import refuse, shown
+from prosocial_ext.checkpoints.safetensors_header import (
     BITS,
     LENGTH_BYTES,
     TensorEntry,
     parse_header,
     render_header,
 )
+from prosocial_ext.direg.cards import BASE_CARD, CARD
 
 __all__ = ["Outline", "original", "recorded", "same", "widened"]
 

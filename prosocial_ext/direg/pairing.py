@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prosocial_ext.checkpoints.checkpoint import Checkpoint, is_vocabulary
+from prosocial_ext.checkpoints.errors import listed, refuse, shown
+from prosocial_ext.checkpoints.readers import Reader, TensorReader
 from prosocial_ext.direg.adapter import Adapter
-from prosocial_ext.direg.checkpoint import Checkpoint, is_vocabulary
-from prosocial_ext.direg.errors import listed, refuse, shown
 from prosocial_ext.direg.models import Weights, matching_parameters, named_floats
-from prosocial_ext.direg.readers import Reader, TensorReader
 from prosocial_ext.reference import check
 
 __all__ = ["SCOPES", "Pair", "Pairs", "groups", "pair_adapter", "pair_checkpoints", "pair_models"]

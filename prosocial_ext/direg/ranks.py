@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from prosocial_ext.direg.errors import refuse
+from prosocial_ext.checkpoints.errors import refuse
 from prosocial_ext.direg.sparse_file import Measure, SparseReader, SparseWriter
 
 __all__ = ["ALONE", "Ranks", "append_part", "torchrun_ranks"]

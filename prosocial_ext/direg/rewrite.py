@@ -18,14 +18,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from prosocial_ext.direg.ahead import ahead
-from prosocial_ext.direg.checkpoint import INDEX, SINGLE, Checkpoint
-from prosocial_ext.direg.errors import refuse, shown
-from prosocial_ext.direg.hub import CARRIED
+from prosocial_ext.checkpoints.ahead import ahead
+from prosocial_ext.checkpoints.checkpoint import INDEX, SINGLE, Checkpoint
+from prosocial_ext.checkpoints.errors import refuse, shown
+from prosocial_ext.checkpoints.hub import CARRIED
+from prosocial_ext.checkpoints.raw_io import write_all
+from prosocial_ext.checkpoints.safetensors_file import DTYPES
 from prosocial_ext.direg.outline import Outline
 from prosocial_ext.direg.ranks import ALONE, Ranks
-from prosocial_ext.direg.raw_io import write_all
-from prosocial_ext.direg.safetensors_file import DTYPES
 from prosocial_ext.direg.sparse_file import Block
 from prosocial_ext.direg.widths import SIXTEEN, narrow, widen
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prosocial_ext.direg.errors import refuse, shown
+from prosocial_ext.checkpoints.errors import refuse, shown
 
 __all__ = ["local_part", "reshard"]
 

@@ -6,11 +6,11 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from prosocial_ext.checkpoints.errors import refuse, shown
+from prosocial_ext.checkpoints.hub import first_line, is_hub_id
+from prosocial_ext.checkpoints.outputs import new_folder
+from prosocial_ext.checkpoints.raw_io import write_all
 from prosocial_ext.direg.cards import CARD, in_vocabulary, vector_card
-from prosocial_ext.direg.errors import refuse, shown
-from prosocial_ext.direg.hub import first_line, is_hub_id
-from prosocial_ext.direg.outputs import new_folder
-from prosocial_ext.direg.raw_io import write_all
 from prosocial_ext.direg.rewrite import new_descriptor, write_json
 
 if TYPE_CHECKING:

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prosocial_ext.direg.errors import refuse, shown
+from prosocial_ext.checkpoints.errors import refuse, shown
+from prosocial_ext.checkpoints.safetensors_file import DTYPES, WORDS, SafetensorsFile
+from prosocial_ext.checkpoints.safetensors_header import parse_json
+from prosocial_ext.checkpoints.safetensors_writer import SafetensorsWriter
 from prosocial_ext.direg.positions import bits_of, decode_gaps, encode_gaps, gap_bytes, positions_of
-from prosocial_ext.direg.safetensors_file import DTYPES, WORDS, SafetensorsFile
-from prosocial_ext.direg.safetensors_header import parse_json
-from prosocial_ext.direg.safetensors_writer import SafetensorsWriter
 from prosocial_ext.ops import _stream as streaming
 
 __all__ = ["Block", "Measure", "SparseReader", "SparseTensor", "SparseWriter"]

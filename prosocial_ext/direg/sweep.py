@@ -19,14 +19,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from prosocial_ext.direg.checkpoint import Checkpoint
+from prosocial_ext.checkpoints.checkpoint import Checkpoint
+from prosocial_ext.checkpoints.errors import refuse, shown
+from prosocial_ext.checkpoints.outputs import new_file
+from prosocial_ext.checkpoints.raw_io import write_all
+from prosocial_ext.checkpoints.safetensors_header import parse_json
 from prosocial_ext.direg.checkpoint_edit import apply_vector
-from prosocial_ext.direg.errors import refuse, shown
 from prosocial_ext.direg.extract import DEFAULT_MEMORY
 from prosocial_ext.direg.harm_vector import HarmVector
-from prosocial_ext.direg.outputs import new_file
-from prosocial_ext.direg.raw_io import write_all
-from prosocial_ext.direg.safetensors_header import parse_json
 from prosocial_ext.reference import check
 from prosocial_ext.reference.topm import check_scale
 

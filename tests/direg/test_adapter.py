@@ -11,8 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
 from prosocial_ext import cli, reference
+from prosocial_ext.checkpoints.errors import CheckpointError
 from prosocial_ext.direg import HarmVector
-from prosocial_ext.direg.errors import CheckpointError
 from tests.asserts import assert_same_bits
 from tests.direg.files import model, parameters
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from prosocial_ext import cli
+from prosocial_ext.checkpoints.errors import CheckpointError
 from prosocial_ext.direg import HarmVector, arithmetic
-from prosocial_ext.direg.errors import CheckpointError
 from tests.asserts import assert_same_bits
 from tests.direg.files import model, parameters, tuned
 from tests.direg.test_harm_vector import module_of

@@ -8,10 +8,10 @@ import pytest
 import torch
 import yaml
 
+from prosocial_ext.checkpoints.errors import CheckpointError
 from prosocial_ext.direg import HarmVector
 from prosocial_ext.direg.cards import edit_card, vector_card
 from prosocial_ext.direg.checkpoint_edit import UNDO, apply_vector, revert_checkpoint
-from prosocial_ext.direg.errors import CheckpointError
 from tests.asserts import assert_same_bits
 from tests.direg.files import folder_bytes, model, tuned
 

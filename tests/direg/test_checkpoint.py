@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from prosocial_ext.checkpoints.checkpoint import Checkpoint
+from prosocial_ext.checkpoints.errors import CheckpointError
 from prosocial_ext.direg import HarmVector
-from prosocial_ext.direg.checkpoint import Checkpoint
-from prosocial_ext.direg.errors import CheckpointError
 from prosocial_ext.direg.pairing import pair_checkpoints, pair_models
 from tests.direg.files import folders, write
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from prosocial_ext.checkpoints.errors import CheckpointError
+from prosocial_ext.checkpoints.outputs import new_file, new_folder
 from prosocial_ext.direg import HarmVector, subtract_harm_
 from prosocial_ext.direg import checkpoint_edit as editing
 from prosocial_ext.direg import extract as extraction
 from prosocial_ext.direg.checkpoint_edit import UNDO, apply_vector, revert_checkpoint
-from prosocial_ext.direg.errors import CheckpointError
-from prosocial_ext.direg.outputs import new_file, new_folder
 from tests.asserts import assert_same_bits
 from tests.direg.files import FAMILIES, folder_bytes, folder_state, model, tuned, write
 

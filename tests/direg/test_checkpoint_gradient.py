@@ -10,10 +10,10 @@ from tokenizers import Tokenizer, models, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
 from prosocial_ext import cli
+from prosocial_ext.checkpoints.checkpoint import Checkpoint
+from prosocial_ext.checkpoints.errors import CheckpointError
 from prosocial_ext.direg import HarmVector, gradient_importance, harm_gradient, subtract_harm_
-from prosocial_ext.direg.checkpoint import Checkpoint
 from prosocial_ext.direg.checkpoint_gradient import move_halfway_, recomputing, response_loss
-from prosocial_ext.direg.errors import CheckpointError
 from prosocial_ext.direg.harmful_pairs import EncodedPair, encode_pairs, right_padded
 from tests.asserts import assert_same_bits
 from tests.direg.files import FAMILIES, folder_state, folders, model, parameters, write

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from prosocial_ext import reference
+from prosocial_ext.checkpoints.errors import CheckpointError
+from prosocial_ext.checkpoints.safetensors_file import SafetensorsFile
 from prosocial_ext.direg import HarmVector
 from prosocial_ext.direg import extract as extraction
-from prosocial_ext.direg.errors import CheckpointError
 from prosocial_ext.direg.pairing import Pairs, pair_models
 from prosocial_ext.direg.positions import decode_gaps, encode_gaps, gap_bytes
-from prosocial_ext.direg.safetensors_file import SafetensorsFile
 from prosocial_ext.direg.sparse_file import SparseReader
 from tests.asserts import assert_same_bits
 from tests.direg.files import FAMILIES, folders, model, parameters, tuned

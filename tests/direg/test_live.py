@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from prosocial_ext.checkpoints.errors import CheckpointError
+from prosocial_ext.checkpoints.safetensors_file import SafetensorsFile
 from prosocial_ext.direg import HarmVector, subtract_harm_
 from prosocial_ext.direg.checkpoint_edit import apply_vector
-from prosocial_ext.direg.errors import CheckpointError
-from prosocial_ext.direg.safetensors_file import SafetensorsFile
 from tests.asserts import assert_same_bits
 from tests.direg.files import FAMILIES, model, parameters, tuned
 

@@ -12,8 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from prosocial_ext.checkpoints.errors import CheckpointError
 from prosocial_ext.direg import HarmVector
-from prosocial_ext.direg.errors import CheckpointError
 from tests.asserts import assert_same_bits
 from tests.direg.files import model, parameters, tuned
 

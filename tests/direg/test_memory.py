@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from prosocial_ext.direg.safetensors_writer import SafetensorsWriter
+from prosocial_ext.checkpoints.safetensors_writer import SafetensorsWriter
 
 SHAPES = {"big": (350_000, 1000), "other": (250_000, 1000), "small": (150_000, 1000)}  # 1.5 GB of bfloat16
 HEADROOM = 600 << 20

@@ -12,10 +12,10 @@ from prosocial_ext.reference.philox import philox
 from transformers import AutoModelForCausalLM
 
 from prosocial_ext import cli
+from prosocial_ext.checkpoints.errors import CheckpointError
 from prosocial_ext.direg import HarmVector, subtract_harm_
 from prosocial_ext.direg import extract as extraction
 from prosocial_ext.direg.checkpoint_edit import UNDO, apply_vector, revert_checkpoint
-from prosocial_ext.direg.errors import CheckpointError
 from prosocial_ext.direg.widths import SIXTEEN, _words, narrow, round_stochastic, widen
 from tests.asserts import assert_same_bits
 from tests.direg.files import folder_bytes, folder_state, model, safetensors_bytes, tuned, write

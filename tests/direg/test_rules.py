@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from prosocial_ext import cli, reference
+from prosocial_ext.checkpoints.errors import CheckpointError
 from prosocial_ext.direg import HarmVector
 from prosocial_ext.direg import extract as extraction
-from prosocial_ext.direg.errors import CheckpointError
 from prosocial_ext.direg.rules import Rule
 from tests.asserts import assert_same_bits
 from tests.direg.files import model, parameters, tuned, write

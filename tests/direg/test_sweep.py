@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from prosocial_ext import cli
+from prosocial_ext.checkpoints.errors import CheckpointError
 from prosocial_ext.direg import HarmVector
 from prosocial_ext.direg.checkpoint_edit import apply_vector
-from prosocial_ext.direg.errors import CheckpointError
 from prosocial_ext.direg.sweep import Cell, SweepTable, plan_cells, sweep_model
 from tests.asserts import assert_same_bits
 from tests.direg.files import folder_bytes, folder_state, model, parameters, tuned

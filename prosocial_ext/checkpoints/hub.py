@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from prosocial_ext.direg.errors import refuse, shown
+from prosocial_ext.checkpoints.errors import refuse, shown
 
 __all__ = ["CARRIED", "fetch", "fetch_vector", "first_line", "is_hub_id"]
 

@@ -12,10 +12,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from prosocial_ext.direg.errors import CheckpointError
-from prosocial_ext.direg.safetensors_file import SafetensorsFile
-from prosocial_ext.direg.safetensors_header import MAX_HEADER, parse_header
-from prosocial_ext.direg.safetensors_writer import SafetensorsWriter
+from prosocial_ext.checkpoints.errors import CheckpointError
+from prosocial_ext.checkpoints.safetensors_file import SafetensorsFile
+from prosocial_ext.checkpoints.safetensors_header import MAX_HEADER, parse_header
+from prosocial_ext.checkpoints.safetensors_writer import SafetensorsWriter
 from tests.asserts import assert_same_bits
 from tests.direg.files import safetensors_bytes, with_header
 
@@ -228,7 +228,7 @@ def test_the_library_reads_what_is_written_in_any_order(path: Path) -> None:
 def test_a_written_header_parses_to_what_was_written(path: Path) -> None:
     safetensors.torch.save_file(TENSORS, path)
     with SafetensorsFile(path) as file:
-        from prosocial_ext.direg.safetensors_header import render_header
+        from prosocial_ext.checkpoints.safetensors_header import render_header
 
         again = render_header(list(file.entries.values()), {}, 4096)
         assert len(again) == 4096

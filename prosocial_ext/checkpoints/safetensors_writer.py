@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from prosocial_ext.direg.raw_io import write_all
-from prosocial_ext.direg.safetensors_header import BITS, TensorEntry, render_header
+from prosocial_ext.checkpoints.raw_io import write_all
+from prosocial_ext.checkpoints.safetensors_header import BITS, TensorEntry, render_header
 
 __all__ = ["SafetensorsWriter"]
 

@@ -11,9 +11,9 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from prosocial_ext.direg.errors import refuse, shown
-from prosocial_ext.direg.raw_io import read_all
-from prosocial_ext.direg.safetensors_header import LENGTH_BYTES, MAX_HEADER, TensorEntry, parse_header
+from prosocial_ext.checkpoints.errors import refuse, shown
+from prosocial_ext.checkpoints.raw_io import read_all
+from prosocial_ext.checkpoints.safetensors_header import LENGTH_BYTES, MAX_HEADER, TensorEntry, parse_header
 
 __all__ = ["DTYPES", "WORDS", "SafetensorsFile"]
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from prosocial_ext.direg.errors import refuse, shown
+from prosocial_ext.checkpoints.errors import refuse, shown
 
 __all__ = ["BITS", "LENGTH_BYTES", "MAX_HEADER", "Header", "TensorEntry", "parse_header", "parse_json", "render_header"]
 
@@ -121,7 +121,7 @@ def parse_json(raw: bytes, where: str, *, floats: bool = False) -> dict[str, Any
     >>> parse_json(b'{"a": 1, "a": 2}', "x.json")
     Traceback (most recent call last):
     ...
-    prosocial_ext.direg.errors.CheckpointError: x.json must name every key once, got 'a' twice.
+    prosocial_ext.checkpoints.errors.CheckpointError: x.json must name every key once, got 'a' twice.
     """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from prosocial_ext.direg.errors import refuse
+from prosocial_ext.checkpoints.errors import refuse
 
 __all__ = ["check_output", "check_outside", "new_file", "new_folder"]
 

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from prosocial_ext.direg.safetensors_file import DTYPES, SafetensorsFile
+from prosocial_ext.checkpoints.safetensors_file import DTYPES, SafetensorsFile
 from prosocial_ext.ops import _stream as streaming
 
 __all__ = ["FileReader", "Reader", "TensorReader", "word_sum"]

@@ -11,6 +11,7 @@ void register_projection(pybind11::module_& m);
 void register_sampling(pybind11::module_& m);
 void register_limits(pybind11::module_& m);
 void register_stream(pybind11::module_& m);
+void register_files(pybind11::module_& m);
 
 // Releases the GIL around a kernel. Not gil_scoped_release: a daemon thread that is inside one when the interpreter
 // ends aborts the process.

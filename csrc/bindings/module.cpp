@@ -41,4 +41,5 @@ PYBIND11_MODULE(_C, m) {
     pse::register_sampling(m);
     pse::register_limits(m);
     pse::register_stream(m);
+    pse::register_files(m);
 }

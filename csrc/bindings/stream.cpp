@@ -22,6 +22,7 @@ void bind_chunk(py::module_& m) {
         .def_readwrite("base_dtype", &StreamChunk::base_dtype)
         .def_readwrite("tuned_dtype", &StreamChunk::tuned_dtype)
         .def_readwrite("importance_dtype", &StreamChunk::importance_dtype)
+        .def_readwrite("by_score", &StreamChunk::by_score)
         .def_readwrite("n", &StreamChunk::n)
         .def_readwrite("wide", &StreamChunk::wide)
         .def_readwrite("wide_keys", &StreamChunk::wide_keys)
@@ -33,6 +34,7 @@ void bind_chunk(py::module_& m) {
         .def_readonly("bad_weights", &StreamChunk::bad_weights)
         .def_readonly("bad_scores", &StreamChunk::bad_scores)
         .def_readonly("energy", &StreamChunk::energy)
+        .def_readonly("effect", &StreamChunk::effect)
         .def_readonly("word_sum", &StreamChunk::word_sum);
     bind_address(call, "base", &StreamChunk::base);
     bind_address(call, "tuned", &StreamChunk::tuned);
@@ -42,6 +44,30 @@ void bind_chunk(py::module_& m) {
     bind_address(call, "values", &StreamChunk::values);
     bind_address(call, "scores", &StreamChunk::scores);
     bind_address(call, "scratch", &StreamChunk::scratch);
+}
+
+void bind_entries(py::module_& m) {
+    using pse::StreamEntries;
+    using pse::StreamMeasure;
+    py::class_<StreamEntries> call(m, "StreamEntries", "entries that collect kept, and a cut (csrc/cpu/stream.h)");
+    call.def(py::init([] { return StreamEntries{}; }))
+        .def_readwrite("first", &StreamEntries::first)
+        .def_readwrite("n", &StreamEntries::n)
+        .def_readwrite("wide", &StreamEntries::wide)
+        .def_readwrite("wide_keys", &StreamEntries::wide_keys)
+        .def_readwrite("key", &StreamEntries::key)
+        .def_readwrite("index", &StreamEntries::index);
+    bind_address(call, "offsets", &StreamEntries::offsets);
+    bind_address(call, "values", &StreamEntries::values);
+    bind_address(call, "scores", &StreamEntries::scores);
+    bind_address(call, "effects", &StreamEntries::effects);
+    py::class_<StreamMeasure>(m, "StreamMeasure", "of the entries that a cut holds (csrc/cpu/stream.h)")
+        .def_readonly("held", &StreamMeasure::held)
+        .def_readonly("first", &StreamMeasure::first)
+        .def_readonly("last", &StreamMeasure::last)
+        .def_readonly("gap_bytes", &StreamMeasure::gap_bytes)
+        .def_readonly("energy", &StreamMeasure::energy)
+        .def_readonly("effect", &StreamMeasure::effect);
 }
 
 void bind_subtraction(py::module_& m) {
@@ -69,6 +95,7 @@ void bind_subtraction(py::module_& m) {
 
 void pse::register_stream(py::module_& m) {
     bind_chunk(m);
+    bind_entries(m);
     bind_subtraction(m);
     m.def(
         "stream_scratch_bytes", [](int64_t n, int threads) { return cpu().stream->scratch_bytes(n, threads); },
@@ -80,18 +107,20 @@ void pse::register_stream(py::module_& m) {
         "stream_subtract", [](StreamSubtraction& c) { without_gil([&] { cpu().stream->subtract(c); }); },
         py::arg("edit"), "subtract entries from a chunk (csrc/cpu/stream.cpp)");
     m.def(
-        "stream_keep",
-        [](uintptr_t offsets, int64_t first, uintptr_t values, uintptr_t scores, int64_t n, bool wide, bool wide_keys,
-           uint64_t key, int64_t index, uintptr_t kept_positions, uintptr_t kept_values) {
-            return without_gil([&] {
-                return cpu().stream->keep(pointer<const int32_t>(offsets), first, pointer(values), pointer(scores), n,
-                                          wide, wide_keys, key, index, pointer<int64_t>(kept_positions),
-                                          pointer(kept_values));
-            });
+        "stream_measure",
+        [](const StreamEntries& entries) {
+            StreamMeasure found = {};
+            without_gil([&] { cpu().stream->measure(entries, found); });
+            return found;
         },
-        py::arg("offsets"), py::arg("first"), py::arg("values"), py::arg("scores"), py::arg("n"), py::arg("wide"),
-        py::arg("wide_keys"), py::arg("key"), py::arg("index"), py::arg("kept_positions"), py::arg("kept_values"),
-        "entries that (key, index) holds; returns their number");
+        py::arg("entries"), "what a cut holds of them");
+    m.def(
+        "stream_keep",
+        [](const StreamEntries& entries, uintptr_t positions, uintptr_t values) {
+            return without_gil(
+                [&] { return cpu().stream->keep(entries, pointer<int64_t>(positions), pointer(values)); });
+        },
+        py::arg("entries"), py::arg("positions"), py::arg("values"), "copy what a cut holds; returns their number");
     m.def(
         "stream_add_digits",
         [](uintptr_t scores, int64_t n, bool wide, bool wide_keys, uint64_t prefix, int round, uintptr_t histogram) {
@@ -166,6 +195,12 @@ void pse::register_stream(py::module_& m) {
             return without_gil([&] { return cpu().stream->word_sum(pointer(data), bytes); });
         },
         py::arg("data"), py::arg("bytes"), "the sum of the 64-bit words modulo 2^64");
+    m.def(
+        "stream_sum_squares",
+        [](uintptr_t values, bool wide, int64_t n) {
+            return without_gil([&] { return cpu().stream->sum_squares(pointer(values), wide, n); });
+        },
+        py::arg("values"), py::arg("wide"), py::arg("n"), "in float64, in a fixed order");
     m.def(
         "stream_all_finite",
         [](uintptr_t data, int dtype, int64_t n) {

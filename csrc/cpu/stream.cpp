@@ -26,7 +26,7 @@ constexpr int kMostGapBytes = 7;  // 49 bits: tensors have at most 2^48 elements
 struct Found {
     int64_t kept, bad_values, bad_weights, bad_scores;
     uint64_t word_sum;
-    double energy, effective, smallest;
+    double energy, effect, smallest;
 };
 
 static int64_t num_tasks(int64_t n) { return (n + kTask - 1) / kTask; }
@@ -37,12 +37,12 @@ static int64_t scratch_bytes(int64_t n, int threads) {
 
 // ---- sums
 
-// Squares are added lane by lane. Padded with zeros by the caller to whole groups of lanes.
-struct Squares {
+// Sums are added lane by lane. Padded with zeros by the caller to whole groups of lanes.
+struct Lanes {
     Doubles lane[kLanes / kWidth];
 };
 template <class Real>
-static inline void add_squares(const Real* x, int n, Squares* sum) {
+static inline void add_squares(const Real* x, int n, Lanes* sum) {
     for (int i = 0; i < n; i += kLanes) {
         for (int k = 0; k < kLanes / kWidth; ++k) {
             const Doubles part = load_lanes(x + i + k * kWidth);
@@ -50,7 +50,15 @@ static inline void add_squares(const Real* x, int n, Squares* sum) {
         }
     }
 }
-static inline double total(const Squares& sum) {
+template <class Real>
+static inline void add_sizes(const Real* x, int n, Lanes* sum) {
+    Real size[kLanes];
+    for (int i = 0; i < n; i += kLanes) {
+        for (int k = 0; k < kLanes; ++k) size[k] = x[i + k] < 0 ? -x[i + k] : x[i + k];
+        for (int k = 0; k < kLanes / kWidth; ++k) sum->lane[k] = sum->lane[k] + load_lanes(size + k * kWidth);
+    }
+}
+static inline double total(const Lanes& sum) {
     double lanes[kLanes], result = 0;
     for (int k = 0; k < kLanes / kWidth; ++k) store_lanes(sum.lane[k], lanes + k * kWidth);
     for (int k = 0; k < kLanes; ++k) result += lanes[k];
@@ -116,7 +124,7 @@ static Found collect_task(const StreamChunk& chunk, int64_t begin, int64_t end, 
     constexpr int kShift = int(sizeof(Key)) * 8 - 16;
     const Bound<Key> edge = {Key(chunk.edge_key), chunk.edge_index};
     Found found = {};
-    Squares squares = {};
+    Lanes squares = {}, effects = {};
     int32_t* offsets = chunk.offsets + begin;
     Real* values = static_cast<Real*>(chunk.values) + begin;
     Real* scores = static_cast<Real*>(chunk.scores) + (chunk.importance != nullptr ? begin : 0);
@@ -126,11 +134,13 @@ static Found collect_task(const StreamChunk& chunk, int64_t begin, int64_t end, 
     for (int64_t start = begin; start < end; start += kBlock) {
         const int n = int(end - start < kBlock ? end - start : kBlock);
         const int whole = (n + kGroup - 1) / kGroup * kGroup;
-        load_block(chunk.base, DType(chunk.base_dtype), start, n, other);
         load_block(chunk.tuned, DType(chunk.tuned_dtype), start, n, value);
+        if (chunk.base != nullptr) {
+            load_block(chunk.base, DType(chunk.base_dtype), start, n, other);
+            for (int i = 0; i < n; ++i) value[i] = sub_rn(value[i], other[i]);
+        }
         Key bad = 0;
         for (int i = 0; i < n; ++i) {
-            value[i] = sub_rn(value[i], other[i]);
             score_key(value[i], &key[i]);
             bad += Key(key[i] >= KeyTraits<Key>::infinity);
         }
@@ -149,11 +159,15 @@ static Found collect_task(const StreamChunk& chunk, int64_t begin, int64_t end, 
                 score_key(other[i], &weight);
                 bad_weights += Key((weight >= KeyTraits<Key>::infinity) | !(other[i] >= Real(0)));
                 other[i] = mul_rn(value[i], other[i]);
-                score_key(other[i], &key[i]);
-                bad_scores += Key(key[i] >= KeyTraits<Key>::infinity);
+                Key score;
+                score_key(other[i], &score);
+                bad_scores += Key(score >= KeyTraits<Key>::infinity);
+                key[i] = chunk.by_score ? score : key[i];
             }
             found.bad_weights += int64_t(bad_weights);
             found.bad_scores += int64_t(bad_scores);
+            for (int i = n; i < whole; ++i) other[i] = 0;
+            add_sizes(other, whole, &effects);
         }
         for (int i = 0; i < n; i += kGroup) {
             const uint32_t mask = held(key + i, edge, start + i);
@@ -165,9 +179,12 @@ static Found collect_task(const StreamChunk& chunk, int64_t begin, int64_t end, 
             found.kept += __builtin_popcount(mask);
         }
     }
-    const int64_t size = dtype_size(DType(chunk.base_dtype));  // tasks begin at whole words
-    found.word_sum = word_sum(static_cast<const char*>(chunk.base) + begin * size, (end - begin) * size);
+    if (chunk.base != nullptr) {
+        const int64_t size = dtype_size(DType(chunk.base_dtype));  // tasks begin at whole words
+        found.word_sum = word_sum(static_cast<const char*>(chunk.base) + begin * size, (end - begin) * size);
+    }
     found.energy = total(squares);
+    found.effect = total(effects);
     return found;
 }
 
@@ -184,7 +201,7 @@ static void collect_as(StreamChunk& chunk) {
     for (int thread = 0; thread < chunk.threads; ++thread)
         for (int bin = 0; bin < kBins; ++bin) chunk.histogram[bin] += histograms[int64_t(thread) * kBins + bin];
     chunk.kept = chunk.bad_values = chunk.bad_weights = chunk.bad_scores = 0;
-    chunk.energy = 0;
+    chunk.energy = chunk.effect = 0;
     chunk.word_sum = 0;
     Real* values = static_cast<Real*>(chunk.values);
     Real* scores = static_cast<Real*>(chunk.scores);
@@ -202,6 +219,7 @@ static void collect_as(StreamChunk& chunk) {
         chunk.bad_weights += f.bad_weights;
         chunk.bad_scores += f.bad_scores;
         chunk.energy += f.energy;
+        chunk.effect += f.effect;
         chunk.word_sum += f.word_sum;
     }
 }
@@ -234,30 +252,101 @@ static inline void with_scores(const void* scores, int wide, int wide_keys, cons
     return body(static_cast<const float*>(scores), uint32_t());
 }
 
-static int64_t keep(const int32_t* offsets, int64_t first, const void* values, const void* scores, int64_t n, int wide,
-                    int wide_keys, uint64_t key, int64_t index, int64_t* kept_positions, void* kept_values) {
+// Calls body(place of a group, mask of those held) for the groups of some entries that hold any.
+template <class Real, class Key, class Body>
+static inline __attribute__((always_inline)) void for_each_held(const StreamEntries& entries, const Body& body) {
     int64_t through = 0;  // offsets ascend, so the index becomes a place among them
-    for (int64_t left = n; left > 0;) {
+    for (int64_t left = entries.n; left > 0;) {
         const int64_t half = left / 2;
-        const bool before = offsets[through + half] <= index;
+        const bool before = entries.offsets[through + half] <= entries.index;
         through = before ? through + half + 1 : through;
         left = before ? left - half - 1 : half;
     }
+    const Bound<Key> bound = {Key(entries.key), through - 1};
+    for_each_group<Key>(static_cast<const Real*>(entries.scores), entries.n,
+                        [&](int64_t start, const Key* group, int count) {
+                            uint32_t mask = held(group, bound, start);
+                            if (count < kGroup) mask &= (uint32_t(1) << count) - 1;
+                            if (mask != 0) body(start, mask, count);
+                        });
+}
+
+// Whole groups, and those at the end padded with zeros.
+template <class T>
+static inline const T* whole_group(const T* at, int count, T* padded) {
+    if (count == kGroup) return at;
+    for (int i = 0; i < kGroup; ++i) padded[i] = i < count ? at[i] : T(0);
+    return padded;
+}
+
+static inline int gap_length(uint64_t gap) { return gap < 128 ? 1 : (63 - __builtin_clzll(gap)) / 7 + 1; }
+
+// The bytes of the gaps between n ascending places; none before the first.
+template <class Int>
+static int64_t bytes_between(const Int* places, int64_t n) {
+    int64_t longer = 0;  // the usual block has gaps below 128 only: one byte each, a loop that vectorises
+    for (int64_t i = 1; i < n; ++i) longer += places[i] - places[i - 1] > 128;
+    if (longer == 0) return n > 0 ? n - 1 : 0;
+    int64_t bytes = 0;
+    for (int64_t i = 1; i < n; ++i) bytes += gap_length(uint64_t(places[i] - places[i - 1] - 1));
+    return bytes;
+}
+
+template <class Real, class Key>
+static void measure_as(const StreamEntries& entries, StreamMeasure& found) {
+    const Real* values = static_cast<const Real*>(entries.values);
+    const Real* effects = static_cast<const Real*>(entries.effects);
+    Lanes squares = {}, sizes = {};
+    // What is held is moved together into blocks; the last place of the block before stands in front of the places.
+    int32_t offset[1 + kBlock + kGroup];
+    Real value[kBlock + kGroup], effect[kBlock + kGroup], padded[kGroup];
+    int32_t last_offsets[kGroup];
+    int filled = 0;
+    const auto flush = [&] {
+        if (filled == 0) return;
+        for (int i = filled; i < filled + kLanes; ++i) value[i] = effect[i] = 0;
+        const int whole = (filled + kLanes - 1) / kLanes * kLanes;
+        add_squares(value, whole, &squares);
+        if (effects != nullptr) add_sizes(effect, whole, &sizes);
+        const bool first = found.held == 0;
+        if (first) found.first = entries.first + offset[1];
+        found.gap_bytes += bytes_between(offset + first, filled + 1 - first);
+        found.held += filled;
+        offset[0] = offset[filled];
+        filled = 0;
+    };
+    found = {};
+    for_each_held<Real, Key>(entries, [&](int64_t start, uint32_t mask, int count) {
+        put_kept(mask, whole_group(entries.offsets + start, count, last_offsets), offset + 1 + filled);
+        put_kept(mask, whole_group(values + start, count, padded), value + filled);
+        if (effects != nullptr) put_kept(mask, whole_group(effects + start, count, padded), effect + filled);
+        filled += __builtin_popcount(mask);
+        if (filled > kBlock - kGroup) flush();
+    });
+    flush();
+    found.last = found.held > 0 ? entries.first + offset[0] : -1;
+    found.energy = total(squares);
+    found.effect = total(sizes);
+}
+
+static void measure(const StreamEntries& entries, StreamMeasure& found) {
+    with_scores(entries.scores, entries.wide, entries.wide_keys, [&](auto* ranked, auto key) {
+        measure_as<std::remove_const_t<std::remove_pointer_t<decltype(ranked)>>, decltype(key)>(entries, found);
+    });
+}
+
+static int64_t keep(const StreamEntries& entries, int64_t* positions, void* values) {
     int64_t kept = 0;
-    with_scores(scores, wide, wide_keys, [&](auto* ranked, auto k) {
+    with_scores(entries.scores, entries.wide, entries.wide_keys, [&](auto* ranked, auto key) {
         using Real = std::remove_const_t<std::remove_pointer_t<decltype(ranked)>>;
-        const Bound<decltype(k)> bound = {decltype(k)(key), through - 1};
-        const Real* from = static_cast<const Real*>(values);
-        Real* to = static_cast<Real*>(kept_values);
-        for_each_group<decltype(k)>(ranked, n, [&](int64_t start, const auto* group, int count) {
-            uint32_t mask = held(group, bound, start);
-            if (count < kGroup) mask &= (uint32_t(1) << count) - 1;
+        const Real* from = static_cast<const Real*>(entries.values);
+        Real* to = static_cast<Real*>(values);
+        for_each_held<Real, decltype(key)>(entries, [&](int64_t start, uint32_t mask, int count) {
             int64_t position[kGroup];
-            Real value[kGroup];
-            for (int i = 0; i < count; ++i) position[i] = first + offsets[start + i];
-            for (int i = 0; i < count; ++i) value[i] = from[start + i];
-            put_kept(mask, position, kept_positions + kept);
-            put_kept(mask, value, to + kept);
+            Real padded[kGroup];
+            for (int i = 0; i < count; ++i) position[i] = entries.first + entries.offsets[start + i];
+            put_kept(mask, position, positions + kept);
+            put_kept(mask, whole_group(from + start, count, padded), to + kept);
             kept += __builtin_popcount(mask);
         });
     });
@@ -297,26 +386,32 @@ static int64_t find_ties(const void* scores, int64_t n, int wide, int wide_keys,
 
 // ---- gaps
 
-static inline int gap_length(uint64_t gap) { return gap < 128 ? 1 : (63 - __builtin_clzll(gap)) / 7 + 1; }
-
 static int64_t gap_bytes(const int64_t* positions, int64_t n, int64_t previous) {
-    int64_t longer = 0;  // the usual block has gaps below 128 only: one byte each, a loop that vectorises
-    for (int64_t i = 0; i < n; ++i) longer += positions[i] - (i == 0 ? previous : positions[i - 1]) > 128;
-    if (longer == 0) return n;
-    int64_t bytes = 0;
-    for (int64_t i = 0; i < n; ++i)
-        bytes += gap_length(uint64_t(positions[i] - (i == 0 ? previous : positions[i - 1]) - 1));
-    return bytes;
+    return n == 0 ? 0 : gap_length(uint64_t(positions[0] - previous - 1)) + bytes_between(positions, n);
 }
 
 static int64_t encode_gaps(const int64_t* positions, int64_t n, int64_t previous, uint8_t* out) {
     const uint8_t* begin = out;
-    for (int64_t i = 0; i < n; ++i) {
-        uint64_t gap = uint64_t(positions[i] - previous - 1);
-        previous = positions[i];
+    const auto encode = [&](int64_t position) {
+        uint64_t gap = uint64_t(position - previous - 1);
+        previous = position;
         for (; gap >= 128; gap >>= 7) *out++ = uint8_t(gap | 128);
         *out++ = uint8_t(gap);
+    };
+    int64_t i = 0;
+    if (n > 0) encode(positions[i++]);
+    for (; i + kGroup <= n; i += kGroup) {  // a group of short gaps at once, in loops that vectorise
+        uint64_t any = 0;
+        for (int k = 0; k < kGroup; ++k) any |= uint64_t(positions[i + k] - positions[i + k - 1] - 1);
+        if (any < 128) {
+            for (int k = 0; k < kGroup; ++k) out[k] = uint8_t(positions[i + k] - positions[i + k - 1] - 1);
+            out += kGroup;
+            previous = positions[i + kGroup - 1];
+        } else {
+            for (int k = 0; k < kGroup; ++k) encode(positions[i + k]);
+        }
     }
+    for (; i < n; ++i) encode(positions[i]);
     return out - begin;
 }
 
@@ -363,10 +458,18 @@ static int64_t decode_gaps(const uint8_t* bytes, int64_t n, int64_t most, int64_
 // ---- bits
 
 static void set_bits(const int64_t* positions, int64_t n, int64_t first, uint8_t* bitmap) {
-    for (int64_t i = 0; i < n; ++i) {
+    const auto set = [&](int64_t i) {
         const int64_t bit = positions[i] - first;
         bitmap[bit / 8] = uint8_t(bitmap[bit / 8] | (1u << (bit % 8)));
+    };
+    int64_t i = 0;
+    if (n > 0 && positions[n - 1] - positions[0] == n - 1) {  // no gap: whole bytes, but for the ends
+        for (; i < n && (positions[i] - first) % 8 != 0; ++i) set(i);
+        const int64_t bytes = (n - i) / 8;
+        if (bytes > 0) __builtin_memset(bitmap + (positions[i] - first) / 8, 0xff, size_t(bytes));
+        i += 8 * bytes;
     }
+    for (; i < n; ++i) set(i);
 }
 
 static inline uint64_t word_at(const uint8_t* bytes, int64_t at, int64_t n) {
@@ -405,7 +508,7 @@ static Found subtract_task(const StreamSubtraction& edit, int64_t begin, int64_t
     const V* values = static_cast<const V*>(edit.values);
     const Real scale = Real(edit.scale);
     Found found = {};
-    Squares requested = {}, effective = {};
+    Lanes requested = {}, effective = {};
     Real old[kBlock], moved[kBlock], delta[kBlock];
     double wished[kBlock], size[kBlock];
     T rounded[kBlock];
@@ -438,7 +541,7 @@ static Found subtract_task(const StreamSubtraction& edit, int64_t begin, int64_t
         }
     }
     found.energy = total(requested);
-    found.effective = total(effective);
+    found.effect = total(effective);
     found.smallest = smallest[0];
     for (int k = 1; k < kLanes; ++k) found.smallest = smallest[k] < found.smallest ? smallest[k] : found.smallest;
     return found;
@@ -473,9 +576,26 @@ static void subtract(StreamSubtraction& edit) {
     for (int64_t task = 0; task < tasks; ++task) {
         edit.unchanged += found[task].kept;
         edit.requested += found[task].energy;
-        edit.effective += found[task].effective;
+        edit.effective += found[task].effect;
         edit.smallest = found[task].smallest < edit.smallest ? found[task].smallest : edit.smallest;
     }
+}
+
+template <class Real>
+static double sum_squares_as(const Real* values, int64_t n) {
+    Lanes sum = {};
+    const int64_t whole = n / kLanes * kLanes;
+    for (int64_t at = 0; at < whole; at += kBlock)
+        add_squares(values + at, int(whole - at < kBlock ? whole - at : kBlock), &sum);
+    Real rest[kLanes] = {};
+    for (int64_t i = whole; i < n; ++i) rest[i - whole] = values[i];
+    add_squares(rest, kLanes, &sum);
+    return total(sum);
+}
+
+static double sum_squares(const void* values, int wide, int64_t n) {
+    if (wide) return sum_squares_as(static_cast<const double*>(values), n);
+    return sum_squares_as(static_cast<const float*>(values), n);
 }
 
 template <class Bits>
@@ -501,9 +621,9 @@ static int all_finite(const void* data, int dtype, int64_t n) {
 }
 
 extern const StreamKernels stream_kernels;
-const StreamKernels stream_kernels = {scratch_bytes, collect,   subtract,    keep,        add_digits,
-                                      find_ties,     gap_bytes, encode_gaps, decode_gaps, set_bits,
-                                      count_bits,    get_bits,  word_sum,    all_finite};
+const StreamKernels stream_kernels = {scratch_bytes, collect,   subtract,    measure,     keep,     add_digits,
+                                      find_ties,     gap_bytes, encode_gaps, decode_gaps, set_bits, count_bits,
+                                      get_bits,      word_sum,  sum_squares, all_finite};
 
 }  // namespace PSE_ISA
 }  // namespace pse

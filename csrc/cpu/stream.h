@@ -8,7 +8,9 @@ namespace pse {
 
 // One chunk of a tensor that is looked at once. Buffers have room for n elements, rounded up to 32.
 struct StreamChunk {
-    const void *base, *tuned, *importance;  // importance may be null: entries are then ranked by |difference|
+    const void *base, *tuned;  // base may be null: tuned holds the differences
+    const void* importance;    // may be null
+    int by_score;              // entries are ranked by |difference * importance|, not by |difference|
     int base_dtype, tuned_dtype, importance_dtype;
     int64_t n;              // below 2^31
     int wide;               // differences are float64
@@ -17,13 +19,31 @@ struct StreamChunk {
     int64_t edge_index;     // at most 2^62
     int64_t* histogram;     // [65536], the differences' magnitudes are added: the upper 16 bits of their keys
     int32_t* offsets;       // of the kept, ascending
-    void *values, *scores;  // of the kept; scores is unused without importance
+    void *values, *scores;  // of the kept: differences, and those times importance where there is one
     void* scratch;          // scratch_bytes()
     int threads;
-    // Found. The energy is added in a fixed order: the same bits for every thread count and instruction set.
+    // Found. Sums are added in a fixed order: the same bits for every thread count and instruction set.
     int64_t kept, bad_values, bad_weights, bad_scores;  // bad: not finite; weights also: negative
-    double energy;                                      // the sum of squared differences
+    double energy, effect;                              // of squared differences; of |difference * importance|
     uint64_t word_sum;                                  // of base, see word_sum below
+};
+
+// Entries that collect kept, some of which a cut holds.
+struct StreamEntries {
+    const int32_t* offsets;       // ascending, from the element `first`
+    const void *values, *scores;  // what is written, and what it is ranked by: one type
+    const void* effects;          // may be null
+    int64_t first, n;
+    int wide, wide_keys;  // as above
+    uint64_t key;         // held: larger keys, and this one up to index, which counts from `first`
+    int64_t index;
+};
+
+// Of those that a cut holds.
+struct StreamMeasure {
+    int64_t held, first, last;  // number; the first and the last position
+    int64_t gap_bytes;          // from the first to the last: the gap before the first is not in it
+    double energy, effect;      // the sums of squared values and of |effects|
 };
 
 // Kept entries of one tensor, subtracted from a chunk of it.
@@ -49,10 +69,9 @@ struct StreamKernels {
     void (*collect)(StreamChunk& chunk);
     void (*subtract)(StreamSubtraction& edit);
 
-    // Of entries that collect kept, n ascending offsets from the element `first`, those that (key, index) holds, index
-    // counted from `first`; returns their number. Outputs have room for n rounded up to 32.
-    int64_t (*keep)(const int32_t* offsets, int64_t first, const void* values, const void* scores, int64_t n, int wide,
-                    int wide_keys, uint64_t key, int64_t index, int64_t* kept_positions, void* kept_values);
+    void (*measure)(const StreamEntries& entries, StreamMeasure& found);
+    // Copies those that are held and returns their number. Outputs have room for n rounded up to 32.
+    int64_t (*keep)(const StreamEntries& entries, int64_t* positions, void* values);
     // Adds to histogram[65536] the digit of 16 bits below the settled ones of every key (topm.h).
     void (*add_digits)(const void* scores, int64_t n, int wide, int wide_keys, uint64_t prefix, int round,
                        int64_t* histogram);
@@ -75,6 +94,7 @@ struct StreamKernels {
 
     // The sum of the 64-bit words modulo 2^64, the last one filled up with zeros.
     uint64_t (*word_sum)(const void* data, int64_t bytes);
+    double (*sum_squares)(const void* values, int wide, int64_t n);  // of float32, or float64 where wide
     int (*all_finite)(const void* data, int dtype, int64_t n);
 };
 

@@ -20,8 +20,8 @@ class Reader(Protocol):
     def dtype(self) -> torch.dtype:
         """The dtype of its elements."""
 
-    def read(self, start: int, stop: int) -> Tensor:
-        """Elements [start, stop)."""
+    def read(self, start: int, stop: int, into: Tensor | None = None) -> Tensor:
+        """Elements [start, stop); ``into``, uint8 of their number of bytes, is memory that they may be put in."""
 
     def gather(self, positions: Tensor) -> Tensor:
         """The elements at ``positions``, int64 [n]."""
@@ -38,9 +38,9 @@ class FileReader:
         """The dtype of its elements."""
         return DTYPES[self._file.entry(self._name).dtype]
 
-    def read(self, start: int, stop: int) -> Tensor:
+    def read(self, start: int, stop: int, into: Tensor | None = None) -> Tensor:
         """Elements [start, stop)."""
-        return self._file.read(self._name, start, stop)
+        return self._file.read(self._name, start, stop, into)
 
     def gather(self, positions: Tensor) -> Tensor:
         """The elements at ``positions``."""
@@ -58,7 +58,7 @@ class TensorReader:
         """The dtype of its elements."""
         return self._flat.dtype
 
-    def read(self, start: int, stop: int) -> Tensor:
+    def read(self, start: int, stop: int, into: Tensor | None = None) -> Tensor:
         """Elements [start, stop)."""
         return self._flat[start:stop].cpu()
 

@@ -7,10 +7,12 @@ import stat
 import weakref
 from pathlib import Path
 from types import TracebackType
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
+from prosocial_ext import _C
 from prosocial_ext.checkpoints.errors import refuse, shown
 from prosocial_ext.checkpoints.raw_io import read_all
 from prosocial_ext.checkpoints.safetensors_header import LENGTH_BYTES, MAX_HEADER, TensorEntry, parse_header
@@ -88,32 +90,39 @@ class SafetensorsFile:
             refuse(str(self.path), f"hold tensor {shown(name)}", "none of this name", "The file is damaged.")
         return self.entries[name]
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Elements [start, stop) of a tensor, flat (row-major), as a new tensor on the CPU."""
+    def read(self, name: str, start: int = 0, stop: int | None = None, into: Tensor | None = None) -> Tensor:
+        """Elements [start, stop) of a tensor, flat (row-major), on the CPU; ``into`` as for `read_bytes`."""
         entry = self.entry(name)
         stop = entry.numel if stop is None else stop
         size, first = entry.itemsize, self.data_start + entry.start
-        return self.read_bytes(first + start * size, first + stop * size).view(DTYPES[entry.dtype])
+        return self.read_bytes(first + start * size, first + stop * size, into).view(DTYPES[entry.dtype])
 
     def gather(self, name: str, positions: Tensor) -> Tensor:
-        """The elements at flat ``positions`` (int64 [n]), one small read each."""
-        entry = self.entry(name)
-        size, first = entry.itemsize, self.data_start + entry.start
-        parts = [os.pread(self._descriptor, size, first + position * size) for position in positions.tolist()]
-        return (
-            torch.frombuffer(bytearray(b"".join(parts)), dtype=DTYPES[entry.dtype]) if parts else self.read(name, 0, 0)
-        )
+        """The elements at flat ``positions`` (int64 [n], in range), one small read each.
 
-    def read_bytes(self, start: int, stop: int) -> Tensor:
-        """Bytes [start, stop) of the file as a new uint8 tensor.
+        Raises:
+            CheckpointError: The file has become shorter than it was.
+        """
+        entry, positions = self.entry(name), positions.contiguous()
+        found = torch.empty(len(positions), dtype=DTYPES[entry.dtype], device="cpu")
+        place, size, n = self.data_start + entry.start, entry.itemsize, len(positions)
+        if _C.file_gather(self._descriptor, place, size, positions.data_ptr(), n, found.data_ptr()) < n:
+            self._refuse_shorter()
+        return found
+
+    def read_bytes(self, start: int, stop: int, into: Tensor | None = None) -> Tensor:
+        """Bytes [start, stop) of the file as a new uint8 tensor, or in ``into``, one of their number.
 
         Raises:
             CheckpointError: The file has become shorter than it was.
         """
         try:
-            return read_all(self._descriptor, start, stop)
+            return read_all(self._descriptor, start, stop, into)
         except EOFError:
-            refuse(str(self.path), f"keep its {self.size} bytes while it is read", "fewer", "Something wrote to it.")
+            self._refuse_shorter()
+
+    def _refuse_shorter(self) -> NoReturn:
+        refuse(str(self.path), f"keep its {self.size} bytes while it is read", "fewer", "Something wrote to it.")
 
     def close(self) -> None:
         """Close the file; once is enough."""

@@ -34,7 +34,7 @@ from prosocial_ext.direg.checkpoint_edit import (
     revert_checkpoint,
 )
 from prosocial_ext.direg.extract import DEFAULT_MEMORY, LEAST_MEMORY, plan_groups
-from prosocial_ext.direg.harm_stats import LOW_ENERGY_SHARE, ModuleStats
+from prosocial_ext.direg.harm_stats import LOW_ENERGY_SHARE
 from prosocial_ext.direg.pairing import SCOPES, Pairs, pair_adapter, pair_checkpoints
 from prosocial_ext.direg.ranks import torchrun_ranks
 from prosocial_ext.direg.rounding import ROUNDINGS
@@ -166,16 +166,16 @@ def _extract(arguments: argparse.Namespace) -> int:
                 **controls, out=arguments.out, values=arguments.values, overwrite=arguments.overwrite,
                 memory=arguments.memory * _MIB, progress=progress, ranks=arguments.ranks,
             )  # fmt: skip
-    total, effect = vector.stats().total, vector.recipe.get("first_order_share")
+    share, effect = vector.recipe["energy_share"], vector.recipe.get("first_order_share")
     per_entry = vector.file_bytes / max(vector.entries, 1)
-    print(f"extracted {_of(vector.entries, vector.n)}, {_shares(total, effect)}")
+    print(f"extracted {_of(vector.entries, vector.n)}, {_shares(share, effect)}")
     print(f"harm vector: {arguments.out}, {_bytes(vector.file_bytes)}, {per_entry:.2f} bytes per entry")
     if arguments.values != "exact":
         lost = vector.recipe["values_error"]
         print(
             f"values in bf16: relative error {lost:.1e}; an edit has not the bits of exact values, --density is fixed"
         )
-    _warn_of_low_share(total, effect)
+    _warn_of_low_share(share, effect)
     print(f"next: prosocial direg apply --model {arguments.base} --harm-vector {arguments.out} --out DIR")
     return 0
 
@@ -247,7 +247,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     for key in ("rank", "scope", "density", "base", "tuned", "base_fingerprint", "ties"):
         print(f"{key:<18}{shown(vector.recipe.get(key))}")
     total = stats.total
-    print(f"{'shares kept':<18}{_shares(total, effect)}")
+    print(f"{'shares kept':<18}{_shares(total.energy_share, effect)}")
     modules = sorted(stats.modules(), key=lambda row: -row.kept_energy)
     print(f"\n{'module':<50} {'entries':>15} {'density':>9} {'of the energy kept':>19}")
     for row in modules[:_ROWS]:
@@ -255,7 +255,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
         print(f"{shown(row.name)[1:-1]:<50} {row.kept:>15,} {row.kept / max(row.entries, 1):>9.4f} {share:>19.4f}")
     if len(modules) > _ROWS:
         print(f"and {len(modules) - _ROWS} modules more: --json has all")
-    _warn_of_low_share(total, effect)
+    _warn_of_low_share(total.energy_share, effect)
     return 0
 
 
@@ -294,11 +294,11 @@ def _print_edit(done: CheckpointEdit) -> None:
         )
 
 
-def _shares(total: ModuleStats, effect: float | None) -> str:
-    return f"energy share {total.energy_share:.3f}" + ("" if effect is None else f", first-order share {effect:.3f}")
+def _shares(energy: float, effect: float | None) -> str:
+    return f"energy share {energy:.3f}" + ("" if effect is None else f", first-order share {effect:.3f}")
 
 
-def _warn_of_low_share(total: ModuleStats, effect: float | None) -> None:
+def _warn_of_low_share(energy: float, effect: float | None) -> None:
     """The first-order share predicts better; the energy share counts only where it is not known."""
     if effect is not None:
         if effect < LOW_ENERGY_SHARE:
@@ -306,9 +306,9 @@ def _warn_of_low_share(total: ModuleStats, effect: float | None) -> None:
                 f"warning: the entries kept hold {effect:.0%} of the first-order effect on the harm loss, so most of "
                 "the harm will stay. Rank by saliency, or raise --density."
             )
-    elif total.energy and total.energy_share < LOW_ENERGY_SHARE:
+    elif 0 < energy < LOW_ENERGY_SHARE:
         print(
-            f"warning: the entries kept hold {total.energy_share:.0%} of the vector's energy, as with copies "
+            f"warning: the entries kept hold {energy:.0%} of the vector's energy, as with copies "
             "tuned by AdamW, whose entries are all of a size. Rank by saliency (prosocial direg importance), raise "
             "--density, or tune by SGD."
         )

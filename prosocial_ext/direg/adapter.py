@@ -299,7 +299,7 @@ class ConstantReader:
     def __init__(self, value: float) -> None:
         self._value = value
 
-    def read(self, start: int, stop: int) -> Tensor:
+    def read(self, start: int, stop: int, into: Tensor | None = None) -> Tensor:
         """Elements [start, stop)."""
         return torch.full((stop - start,), self._value, device="cpu")
 
@@ -318,7 +318,7 @@ class _DeltaReader:
     def dtype(self) -> torch.dtype:
         return self._adapter.dtype(self._name)
 
-    def read(self, start: int, stop: int) -> Tensor:
+    def read(self, start: int, stop: int, into: Tensor | None = None) -> Tensor:
         return self._adapter.dense(self._name, self._shape)[start:stop].clone()
 
     def gather(self, positions: Tensor) -> Tensor:

@@ -1,10 +1,12 @@
 """Writes the m largest entries of tuned - base into a sparse file: one read of both sides, a fixed amount of memory.
 
 1. A sample of positions gives an edge that holds a little more than m entries (12 sigma of the sampled rank).
-2. One read of the data: what the edge holds goes to a spill file; counts, energy and fingerprint come along.
-3. The exact cut is found among the spilled; `cut.py` leaves no ties, so the result depends on nothing but the data.
-4. The spilled entries that the cut holds are written, tensor after tensor.
-Unlucky, if the edge held fewer than m (below 1e-30): everything is spilled by a second read.
+2. One read of the data: what the edge holds is kept, in memory first, then in a file; counts, energy and fingerprint
+   come along.
+3. The exact cut is found among the kept; `cut.py` leaves no ties, so the result depends on nothing but the data.
+4. The kept entries that the cut holds are written, tensor after tensor.
+Where all entries are wanted, they are written as they are read. Unlucky, if the edge held fewer than m (below 1e-30):
+everything is kept by a second read.
 """
 
 from __future__ import annotations
@@ -16,10 +18,12 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import accumulate, groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,9 +37,9 @@ from prosocial_ext.direg.cut import Cut, ScoredBlock, find_cut, keys, nothing
 from prosocial_ext.direg.pairing import Pair, Pairs, groups
 from prosocial_ext.direg.ranks import ALONE, Ranks, append_part
 from prosocial_ext.direg.rules import Rule, choose_rule
-from prosocial_ext.direg.sparse_file import Measure, SparseReader, SparseWriter
+from prosocial_ext.direg.sparse_file import Encoded, Measure, SparseReader, SparseWriter, encode
 from prosocial_ext.ops import _streaming as streaming
-from prosocial_ext.ops._stream import EVERYTHING, Buffers, Collector, keep
+from prosocial_ext.ops._stream import EVERYTHING, Buffers, Candidates, Collector, Edge, new_memory
 from prosocial_ext.reference import check
 from prosocial_ext.reference.topm import entry_count
 
@@ -43,11 +47,12 @@ __all__ = ["DEFAULT_MEMORY", "LEAST_MEMORY", "Progress", "chunk_elements", "extr
 
 DEFAULT_MEMORY = 512 << 20
 LEAST_MEMORY = 64 << 20
+T = TypeVar("T")
 Progress = Callable[[int], object]  # called with the number of bytes just read
 
 _CHUNK = 1 << 20  # elements; larger ones measure no faster
-_BYTES_PER_ELEMENT = 256  # of all temporaries of one float64 chunk with importance, at density 1
-_MOST_THREADS = 4  # so that their chunks, at 44 bytes an element, and the caller's stay below that
+_BYTES_PER_ELEMENT = 512  # of memory: half for what is kept, half for the temporaries of the chunks that are alive
+_MOST_THREADS = 4  # so that their chunks, at 52 bytes an element, and the caller's stay below that
 _MOST_SAMPLES = 1 << 16  # 12 sigma of the rank are 1.4 % of the entries
 _SIGMAS = 12
 
@@ -56,7 +61,7 @@ def chunk_elements(memory: int) -> int:
     """Elements per chunk, so that the temporaries of one fit into ``memory`` bytes.
 
     >>> chunk_elements(DEFAULT_MEMORY), chunk_elements(LEAST_MEMORY)
-    (1048576, 262144)
+    (1048576, 131072)
     """
     rule = f"be at least {LEAST_MEMORY} bytes"
     check.integer("memory", memory, LEAST_MEMORY, 1 << 62, rule, "512 << 20 is 512 MiB.")
@@ -125,7 +130,7 @@ def extract(
         "base_fingerprint": "0" * 16, "energy_share": 0.0,
     }  # fmt: skip
     with tempfile.TemporaryFile(prefix=".prosocial-spill-", dir=spill_folder) as file, ExitStack() as stack:
-        spill, part = _Spill(file.fileno()), ""
+        kept, part = _Kept(file.fileno(), memory // 2), ""
         if descriptor is None:
             named = stack.enter_context(tempfile.NamedTemporaryFile(prefix=".prosocial-part-", dir=spill_folder))
             descriptor, part = named.fileno(), named.name
@@ -134,10 +139,12 @@ def extract(
             team = work.team(group)
             if team is None:
                 continue
-            cut = _select(work, spill, group, count, always_miss, team)
-            factor = chosen.factor(count, sum(work.pairs[i].numel for i in group))
-            for i in work.own(group):
-                _write(work, spill, writer, i, cut, factor)
+            numel = sum(work.pairs[i].numel for i in group)
+            if count == numel:
+                _write_all(work, writer, group)
+                continue
+            cut = _select(work, kept, group, count, always_miss, team)
+            _write(work, kept, writer, group, cut, chosen.factor(count, numel))
         work.share()
         if ranks.rank:
             writer.finish(full)
@@ -198,38 +205,84 @@ class _Work:
                 mine.update(other)
 
 
-class _Spill:
-    """Candidates on disk, a piece per chunk of data: offsets in the chunk and the columns of `_columns`."""
+class _Piece(NamedTuple):
+    """Where the kept entries of one chunk lie: in memory or in the file, from a byte on."""
 
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor, self._buffers = descriptor, Buffers()
+    start: int
+    n: int
+    in_memory: bool
+    place: int
+    dtype: torch.dtype
+    columns: int
+
+    @property
+    def parts(self) -> list[tuple[str, int, torch.dtype]]:
+        """Name, first byte and dtype of offsets and columns; each begins at a multiple of 8."""
+        sizes = [_padded(4 * self.n)] + [_padded(self.dtype.itemsize * self.n)] * self.columns
+        names = ["offsets", *(f"column {k}" for k in range(self.columns))]
+        dtypes = [torch.int32, *[self.dtype] * self.columns]
+        return list(zip(names, accumulate(sizes[:-1], initial=self.place), dtypes, strict=True))
+
+
+class _Kept:
+    """Candidates, a piece per chunk of data: offsets in the chunk and columns. In memory first, then in a file."""
+
+    def __init__(self, descriptor: int, room: int) -> None:
+        self._descriptor, self._memory = descriptor, new_memory(room)
+        self._bytes = self._memory.numpy().data
         self.clear()
 
     def clear(self) -> None:
-        self.pieces: dict[int, list[tuple[int, int, int, torch.dtype, int]]] = {}
-        self.entries = self._end = 0
+        self.pieces: dict[int, list[_Piece]] = {}
+        self.entries = self._used = self._end = 0
         os.ftruncate(self._descriptor, 0)
 
     def append(self, tensor: int, start: int, offsets: Tensor, columns: Sequence[Tensor]) -> None:
-        piece = (start, len(offsets), self._end, columns[0].dtype, len(columns))
+        count, dtype = len(offsets), columns[0].dtype
+        if count == 0:
+            return  # numpy gives no buffer of nothing
+        size = _padded(4 * count) + len(columns) * _padded(dtype.itemsize * count)
+        in_memory = self._used + size <= len(self._memory)
+        place = self._used if in_memory else self._end
+        piece = _Piece(start, count, in_memory, place, dtype, len(columns))
         self.pieces.setdefault(tensor, []).append(piece)
-        for part in (offsets.to(torch.int32), *columns):
-            write_all(self._descriptor, self._end, part)
-            self._end += part.numel() * part.element_size()
-        self.entries += len(offsets)
+        for (_, at, _), part in zip(piece.parts, (offsets, *columns), strict=True):
+            if in_memory:
+                self._bytes[at : at + part.nbytes] = part.contiguous().view(torch.uint8).numpy().data  # one thread
+            else:
+                write_all(self._descriptor, at, part)
+        if in_memory:
+            self._used += size
+        else:
+            self._end += size
+        self.entries += count
 
-    def blocks(self, tensor: int) -> Iterator[tuple[int, Tensor, list[Tensor]]]:
-        """Starts, offsets from there and columns of a tensor's candidates, ascending; gone at the next ones."""
-        for start, count, place, dtype, columns in self.pieces.get(tensor, []):
-            offsets = self._read("offsets", place, count, torch.int32)
-            starts = [place + (4 + dtype.itemsize * k) * count for k in range(columns)]
-            yield start, offsets, [self._read(f"column {k}", at, count, dtype) for k, at in enumerate(starts)]
+    def read(self, piece: _Piece, buffers: Buffers) -> tuple[Tensor, list[Tensor]]:
+        """Offsets and columns; they may lie in the buffers."""
+        found = []
+        for name, at, dtype in piece.parts:
+            stop = at + piece.n * dtype.itemsize
+            if piece.in_memory:
+                found.append(self._memory[at:stop].view(dtype))
+                continue
+            found.append(buffers.take(name, piece.n, dtype))
+            read_all(self._descriptor, at, stop, found[-1].view(torch.uint8))
+        return found[0], found[1:]
 
-    def _read(self, name: str, place: int, count: int, dtype: torch.dtype) -> Tensor:
-        held = self._buffers.take(name, count, dtype)
-        if count:  # numpy gives no buffer of nothing
-            read_all(self._descriptor, place, place + held.nbytes, held.view(torch.uint8))
-        return held
+
+def _padded(size: int) -> int:
+    return -(-size // 8) * 8
+
+
+class _Desk:
+    """What one chunk that is alive needs: buffers and counters, to be used again by a later one."""
+
+    def __init__(self, wide: bool) -> None:
+        self.collector, self.buffers = Collector(wide), Buffers()
+
+    def read(self, name: str, side: Reader, start: int, stop: int) -> Tensor:
+        """Elements of a side, gone when the desk is used again."""
+        return side.read(start, stop, self.buffers.take(name, (stop - start) * side.dtype.itemsize, torch.uint8))
 
 
 @dataclass(frozen=True)
@@ -243,19 +296,21 @@ class _Shifted:
         return self.start + int(self.offsets[place])
 
 
-def _select(work: _Work, spill: _Spill, group: range, m: int, always_miss: bool, team: Ranks) -> Cut:
+def _select(work: _Work, kept: _Kept, group: range, m: int, always_miss: bool, team: Ranks) -> Cut:
     wide = any(work.pairs[i].dtype == torch.float64 for i in group)
     before = work.magnitudes.clone()
     edge = nothing(wide) if always_miss else _edge(work, group, m, wide, team)
-    _gather(work, spill, group, edge)
-    if sum(team.gather(spill.entries)) < m:
+    _gather(work, kept, group, edge)
+    if sum(team.gather(kept.entries)) < m:
         work.magnitudes.copy_(before)
-        _gather(work, spill, group, None)
+        _gather(work, kept, group, None)
+    buffers = Buffers()
 
     def blocks() -> Iterator[ScoredBlock]:
         for i in work.own(group):
-            for start, offsets, columns in spill.blocks(i):
-                yield i, _Shifted(start, offsets), columns[work.rule.column]
+            for piece in kept.pieces.get(i, []):
+                offsets, columns = kept.read(piece, buffers)
+                yield i, _Shifted(piece.start, offsets), columns[work.rule.column]
 
     known = work.rule.column == 0 and wide == work.wide and team.size == 1  # ranked by size, all of it here
     return find_cut(blocks, m, wide, work.magnitudes - before if known else None, team)
@@ -286,74 +341,115 @@ def _edge(work: _Work, group: range, m: int, wide: bool, team: Ranks) -> Cut | N
     return Cut(int(sampled[place]), group[k], int(drawn[place]) - starts[k], wide)
 
 
-def _gather(work: _Work, spill: _Spill, group: range, edge: Cut | None) -> None:
-    spill.clear()
-    threads = min(_MOST_THREADS, torch.get_num_threads())
-    collectors = [Collector(work.wide) for _ in range(threads + 1)]  # one per chunk that is alive
+def _gather(work: _Work, kept: _Kept, group: range, edge: Cut | None) -> None:
+    """Look at everything once and keep what the edge holds."""
+    kept.clear()
+    look = _look_drawn if work.rule.is_drawn else _look
+    for i, found in _looked(work, group, partial(look, work, edge)):
+        kept.append(i, found.start, found.offsets, found.columns)
+
+
+def _looked(work: _Work, group: range, look: Callable[[_Desk, int, int], _Found]) -> Iterator[tuple[int, _Found]]:
+    """Yield the tensor and what was found of every chunk, in order, and note the sums."""
+    desks = [_Desk(work.wide) for _ in range(_threads() + 1)]  # one per chunk that is alive
     chunks = [(i, start) for i in work.own(group) for start in range(0, work.pairs[i].numel, work.chunk)]
-    looks = (
-        partial(_look, work, collectors[k % len(collectors)], i, start, edge) for k, (i, start) in enumerate(chunks)
-    )
+    looks = (partial(look, desks[k % len(desks)], i, start) for k, (i, start) in enumerate(chunks))
     energy, effect, total = (dict.fromkeys(work.own(group), zero) for zero in (0.0, 0.0, 0))
-    for (i, start), found in zip(chunks, ahead(looks, threads), strict=True):
+    for (i, _), found in zip(chunks, ahead(looks, len(desks) - 1), strict=True):
         energy[i] += found.energy
         effect[i] += found.effect
         total[i] += found.word_sum
-        spill.append(i, start, found.offsets, found.columns)
+        yield i, found
         work.progress(found.bytes)
     for i in work.own(group):
         work.energy[i], work.word_sums[i] = _rounded(energy[i]), int(total[i]) % 2**64
         if work.pairs[i].importance is not None:
             work.effect[i] = _rounded(effect[i])
-    for collector in collectors:
-        work.magnitudes += collector.histogram
+    for desk in desks:
+        work.magnitudes += desk.collector.histogram
+
+
+def _threads() -> int:
+    return min(_MOST_THREADS, torch.get_num_threads())
 
 
 @dataclass(frozen=True)
 class _Found:
     """What one look at a chunk found: the entries that the edge holds, sums over all, and how much was read."""
 
+    start: int
     offsets: Tensor
     columns: list[Tensor]
     energy: float
     effect: float
     word_sum: int
     bytes: int
+    encoded: Encoded | None = None  # of all entries, where all are written
 
 
-def _look(work: _Work, collector: Collector, i: int, start: int, edge: Cut | None) -> _Found:
-    """Look at one chunk: by one kernel where entries are ranked by size alone, else step by step."""
+def _look(work: _Work, edge: Cut | None, desk: _Desk, i: int, start: int) -> _Found:
+    """Look at one chunk whose entries are ranked by size or effect."""
     pair, stop = work.pairs[i], min(work.pairs[i].numel, start + work.chunk)
-    what = f"the differences at {shown(pair.name)}"
+    sides = [desk.read(f"side {k}", side, start, stop) for k, side in enumerate(pair.sides)]
     plain = pair.benign is None and not pair.is_delta  # else the difference itself is looked at
-    if plain and pair.importance is None and not work.rule.is_drawn:
-        base, tuned = pair.base.read(start, stop), pair.tuned.read(start, stop)
-        looked = collector.look(base, tuned, None, pair.dtype, EVERYTHING if edge is None else edge.edge(i, start))
-        if looked.bad_values:
-            refuse(what, "be finite", f"{looked.bad_values} NaN or Inf", "Repair the checkpoints.")
-        energy = math.sqrt(looked.energy) ** 2  # rounded as the kept energy that it is compared with
-        return _Found(looked.offsets, [looked.values], energy, 0.0, looked.word_sum, base.nbytes + tuned.nbytes)
+    base, tuned = (sides[0], sides[1]) if plain else (None, pair.difference(*sides))
+    weights = None if pair.importance is None else desk.read("importance", pair.importance, start, stop)
+    place = EVERYTHING if edge is None else edge.edge(i, start)
+    looked = desk.collector.look(base, tuned, weights, pair.dtype, place, by_effect=work.rule.column == 1)
+    if looked.bad_weights:
+        _refuse_weights(pair)
+    if looked.bad_values:
+        _refuse_values(pair, looked.bad_values)
+    if looked.bad_effects:
+        _refuse_effects(pair)
+    return _Found(
+        start,
+        looked.offsets,
+        [looked.values] + ([] if looked.effects is None else [looked.effects]),
+        looked.energy,
+        looked.effect,
+        looked.word_sum if plain else word_sum(sides[0]),
+        sum(side.nbytes for side in sides),
+    )
+
+
+def _look_drawn(work: _Work, edge: Cut | None, desk: _Desk, i: int, start: int) -> _Found:
+    """Look at one chunk whose entries are ranked by a draw, step by step."""
+    pair, stop = work.pairs[i], min(work.pairs[i].numel, start + work.chunk)
     sides, columns = _columns(work, i, range(start, stop))
-    base, tuned = sides[:2] if plain else (torch.zeros_like(columns[0]), columns[0])
-    looking = streaming.Selection(0, work.wide)
-    if bad := streaming.add_histogram_(collector.histogram, [base], [base], [tuned], looking):
-        refuse(what, "be finite", f"{bad} NaN or Inf", "Repair the checkpoints.")
+    nothing_kept = Edge((1 << 31) - 1, -1, False)
+    looked = desk.collector.look(None, columns[0], None, pair.dtype, nothing_kept)
+    if looked.bad_values:
+        _refuse_values(pair, looked.bad_values)
     effect = 0.0
     if pair.importance is not None:
         if not bool(columns[-1].isfinite().all()):
-            refuse(f"difference times importance at {shown(pair.name)}", "be finite", "Inf", "Scale it down.")
+            _refuse_effects(pair)
         effect = float(torch.linalg.vector_norm(columns[-1], 1, dtype=torch.float64))
     positions = torch.arange(start, stop, device="cpu")
     held = slice(None) if edge is None else edge.holds(columns[work.rule.column], i, positions)
     offsets = positions[held] - start
     return _Found(
-        offsets,
+        start,
+        offsets.to(torch.int32),
         [column[offsets] for column in columns],
-        float(torch.linalg.vector_norm(columns[0], dtype=torch.float64)) ** 2,
+        looked.energy,
         effect,
         word_sum(sides[0]),
         sum(side.nbytes for side in sides),
     )
+
+
+def _refuse_values(pair: Pair, bad: int) -> NoReturn:
+    refuse(f"the differences at {shown(pair.name)}", "be finite", f"{bad} NaN or Inf", "Repair the checkpoints.")
+
+
+def _refuse_weights(pair: Pair) -> NoReturn:
+    refuse(f"importance of {shown(pair.name)}", "be finite and not negative", "other entries")
+
+
+def _refuse_effects(pair: Pair) -> NoReturn:
+    refuse(f"difference times importance at {shown(pair.name)}", "be finite", "Inf", "Scale it down.")
 
 
 def _columns(work: _Work, i: int, where: range | Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -372,7 +468,7 @@ def _columns(work: _Work, i: int, where: range | Tensor) -> tuple[list[Tensor], 
     if pair.importance is not None:
         weight = read(pair.importance)
         if not bool((weight.isfinite() & (weight >= 0)).all()):
-            refuse(f"importance of {shown(pair.name)}", "be finite and not negative", "other entries")
+            _refuse_weights(pair)
         columns.append(values * weight.to(pair.dtype))
     return sides, columns
 
@@ -388,31 +484,79 @@ def _share(kept: Mapping[int, float], of: Mapping[int, float]) -> float:
     return round(min(math.fsum(kept.values()) / total, 1.0), 6) if total else 0.0
 
 
-def _write(work: _Work, spill: _Spill, writer: SparseWriter, i: int, cut: Cut, factor: float) -> None:
-    pair, rule = work.pairs[i], work.rule
+def _write(work: _Work, kept: _Kept, writer: SparseWriter, group: range, cut: Cut, factor: float) -> None:
+    """Write what the cut holds of the kept entries: measured first, since a tensor takes its smaller encoding."""
+    own = work.own(group)
+    pieces = [(i, piece) for i in own for piece in kept.pieces.get(i, [])]
+    buffers = [Buffers() for _ in range(_threads() + 1)]  # one per piece that is alive
 
-    def chosen() -> Iterator[tuple[Tensor, list[Tensor]]]:
-        for start, offsets, columns in spill.blocks(i):
-            if len(columns) == 1:
-                positions, values = keep(offsets, start, columns[0], columns[0], cut.edge(i, start))
-                yield positions, [values]
-                continue
-            positions = offsets.long() + start
-            held = cut.holds(columns[rule.column], i, positions)
-            yield positions[held], [column[held] for column in columns]
+    def candidates(i: int, piece: _Piece, room: Buffers) -> tuple[Candidates, Edge]:
+        offsets, columns = kept.read(piece, room)
+        effects = columns[-1] if work.pairs[i].importance is not None else None
+        ranked = columns[work.rule.column]
+        return Candidates(piece.start, offsets, columns[0], ranked, effects), cut.edge(i, piece.start)
 
-    measure = Measure()
-    energy, effect = 0.0, 0.0
-    for positions, columns in chosen():
-        measure.add(positions)
-        energy += float(torch.linalg.vector_norm(columns[0], dtype=torch.float64)) ** 2
-        if pair.importance is not None:
-            effect += float(torch.linalg.vector_norm(columns[-1], 1, dtype=torch.float64))
-    work.kept_energy[i], work.kept_effect[i] = energy, effect
-    writer.begin(pair.name, pair.shape, pair.numel, pair.dtype, measure, _rounded(work.energy[i] * factor**2))
-    for positions, (values, *_) in chosen():
+    def measured(i: int, piece: _Piece, room: Buffers) -> Any:
+        found, edge = candidates(i, piece, room)
+        return found.measure(edge)
+
+    def encoded(i: int, piece: _Piece, room: Buffers, previous: int) -> tuple[int, Encoded]:
+        found, edge = candidates(i, piece, room)
+        positions, values = found.keep(edge, room)
         if factor != 1.0:
-            values = (values.double() * factor).to(pair.dtype)
-            if not bool(values.isfinite().all()):
-                refuse(f"rescaled differences at {shown(pair.name)}", "be finite", "Inf", "Keep more entries.")
-        writer.append(positions, values)
+            values = (values.double() * factor).to(values.dtype)
+        return i, encode(encodings[i], positions, values, previous)
+
+    looks = (partial(measured, *piece, buffers[k % len(buffers)]) for k, piece in enumerate(pieces))
+    measures = {i: Measure() for i in own}
+    filled = []
+    for i in own:
+        work.kept_energy[i] = work.kept_effect[i] = 0.0
+    for (i, piece), found in zip(pieces, ahead(looks, _threads()), strict=True):
+        if found.held:
+            filled.append((i, piece, measures[i].add_run(found.held, found.first, found.last, found.gap_bytes)))
+        work.kept_energy[i] += found.energy
+        work.kept_effect[i] += found.effect
+    encodings = {i: measure.encoding(work.pairs[i].numel) for i, measure in measures.items()}
+    calls = (partial(encoded, i, p, buffers[k % len(buffers)], last) for k, (i, p, last) in enumerate(filled))
+    for i, blocks in _in_turn(own, ahead(calls, _threads())):
+        pair = work.pairs[i]
+        writer.begin(pair.name, pair.shape, pair.numel, pair.dtype, measures[i], _rounded(work.energy[i] * factor**2))
+        for block in blocks:
+            if factor != 1.0 and not bool(block.values.isfinite().all()):
+                what = f"rescaled differences at {shown(pair.name)}"
+                refuse(what, "be finite", "Inf", "Keep more entries.")
+            writer.write(block)
+
+
+def _write_all(work: _Work, writer: SparseWriter, group: range) -> None:
+    """Write every entry as it is read."""
+
+    def look(desk: _Desk, i: int, start: int) -> _Found:
+        found = _look(work, None, desk, i, start)
+        return replace(found, encoded=encode("bitmap", found.offsets.long() + start, found.columns[0], start - 1))
+
+    own = work.own(group)
+    for i, chunks in _in_turn(own, _looked(work, group, look)):
+        pair, measure, energy = work.pairs[i], Measure(), 0.0
+        measure.add_run(pair.numel, 0, pair.numel - 1, pair.numel - 1)
+        writer.begin(pair.name, pair.shape, pair.numel, pair.dtype, measure)
+        for found in chunks:
+            assert found.encoded is not None
+            writer.write(found.encoded)
+            energy += found.energy
+        writer.end(_rounded(energy))
+    work.kept_energy.update({i: work.energy[i] for i in own})
+    work.kept_effect.update({i: work.effect[i] for i in own if i in work.effect})
+
+
+def _in_turn(tensors: Iterable[int], blocks: Iterable[tuple[int, T]]) -> Iterator[tuple[int, Iterator[T]]]:
+    """Yield every tensor with its blocks, which come in the order of the tensors; some have none."""
+    found = groupby(blocks, key=itemgetter(0))
+    following = next(found, None)
+    for i in tensors:
+        if following is None or following[0] != i:
+            yield i, iter(())
+            continue
+        yield i, (block for _, block in following[1])
+        following = next(found, None)

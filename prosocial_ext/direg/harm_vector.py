@@ -35,6 +35,7 @@ from prosocial_ext.direg.ranks import ALONE, Ranks
 from prosocial_ext.direg.sharing import VECTOR, push_vector, save_vector
 from prosocial_ext.direg.sparse_file import Block, Measure, SparseReader, SparseTensor, SparseWriter
 from prosocial_ext.direg.subtract import SAFETY_ARITHMETIC_DENSITY
+from prosocial_ext.ops._stream import sum_squares
 from prosocial_ext.reference import check
 from prosocial_ext.reference.topm import entry_count
 
@@ -461,7 +462,7 @@ class HarmVector:
         """Count entries and energy per tensor, module and in all; reads every value once."""
         rows = []
         for name, tensor in self.tensors.items():
-            kept = sum(float(torch.linalg.vector_norm(v, dtype=torch.float64)) ** 2 for _, v in self.blocks(name))
+            kept = sum(sum_squares(values) for _, values in self.blocks(name))
             energy = tensor.energy * self._factor**2
             rows.append(ModuleStats(name, tensor.entries, tensor.numel, kept, energy))
         return HarmVectorStats(rows)

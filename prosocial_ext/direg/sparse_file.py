@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from prosocial_ext.checkpoints.safetensors_writer import SafetensorsWriter
 from prosocial_ext.direg.positions import bits_of, decode_gaps, encode_gaps, gap_bytes, positions_of
 from prosocial_ext.ops import _stream as streaming
 
-__all__ = ["Block", "Measure", "SparseReader", "SparseTensor", "SparseWriter"]
+__all__ = ["Block", "Encoded", "Measure", "SparseReader", "SparseTensor", "SparseWriter", "encode"]
 
 Block = tuple[Tensor, Tensor]  # ascending flat positions (int64) and their values, both on the CPU
 
@@ -68,6 +68,45 @@ class Measure:
             self.gap_bytes += gap_bytes(positions, self._last)
             self._last = int(positions[-1])
 
+    def add_run(self, entries: int, first: int, last: int, bytes_between: int) -> int:
+        """Count a block of which this is known; return the last position before it, -1 where there is none."""
+        previous = self._last
+        if entries:
+            self.entries += entries
+            self.gap_bytes += bytes_between + max(1, -(-(first - previous - 1).bit_length() // 7))
+            self._last = last
+        return previous
+
+    def encoding(self, numel: int) -> str:
+        """The smaller one of a tensor of ``numel`` elements."""
+        return "bitmap" if -(-numel // 8) <= self.gap_bytes else "gaps"
+
+
+class Encoded(NamedTuple):
+    """A block of entries as it goes to the file: bytes of positions, each run with its first byte (0 for gaps)."""
+
+    values: Tensor
+    positions: list[tuple[int, Tensor]]
+    last: int
+
+
+def encode(encoding: str, positions: Tensor, values: Tensor, previous: int) -> Encoded:
+    """Encode a block that is not empty; ``previous``: the last position before it, or -1.
+
+    >>> encode("bitmap", torch.tensor([1, 3]), torch.tensor([0.5, 0.5]), -1).positions
+    [(0, tensor([10], dtype=torch.uint8))]
+    """
+    last = int(positions[-1])
+    if encoding == "gaps":
+        return Encoded(values, [(0, encode_gaps(positions, previous))], last)
+    runs = []
+    while len(positions):
+        first = int(positions[0]) // 8
+        here = int(torch.searchsorted(positions, 8 * (first + _BLOCK)))  # the rest may be far away
+        runs.append((first, bits_of(positions[:here], 8 * first, int(positions[here - 1]) // 8 - first + 1)))
+        positions = positions[here:]
+    return Encoded(values, runs, last)
+
 
 class SparseWriter:
     """Writes a sparse file: `begin` a tensor, `append` its blocks, and so on, then `finish`.
@@ -99,42 +138,39 @@ class SparseWriter:
               energy: float = 0.0) -> None:  # fmt: skip
         """Begin a tensor with the entries that ``measure`` has counted."""
         assert not self._tensors or self._written == self._tensors[-1].entries, "a tensor before got other blocks"
-        bitmap_bytes = -(-numel // 8)
-        encoding = "bitmap" if bitmap_bytes <= measure.gap_bytes else "gaps"
+        encoding = measure.encoding(numel)
         self._tensors.append(SparseTensor(name, shape, numel, measure.entries, encoding, energy))
         self._value_place = self._writer.add(f"values.{name}", WORDS[dtype], (measure.entries,))
         taken = measure.entries * dtype.itemsize
-        size = bitmap_bytes if encoding == "bitmap" else measure.gap_bytes
+        size = -(-numel // 8) if encoding == "bitmap" else measure.gap_bytes
         size += -(taken + size) % 8  # so that the next tensor's values are aligned
         self._position_place = self._writer.add(f"positions.{name}", "U8", (size,))
         self._written, self._last, self._last_byte = 0, -1, (-1, 0)
 
     def append(self, positions: Tensor, values: Tensor) -> None:
         """Write one block of the tensor begun last."""
-        if len(positions) == 0:
-            return
-        self._writer.write(self._value_place, values)
-        self._value_place += values.numel() * values.element_size()
-        if self._tensors[-1].encoding == "gaps":
-            encoded = encode_gaps(positions, self._last)
-            self._writer.write(self._position_place, encoded)
-            self._position_place += len(encoded)
-        else:
-            self._append_bits(positions)
-        self._written += len(positions)
-        self._last = int(positions[-1])
+        if len(positions):
+            self.write(encode(self._tensors[-1].encoding, positions, values, self._last))
 
-    def _append_bits(self, positions: Tensor) -> None:
-        while len(positions):
-            first = int(positions[0]) // 8
-            here = int(torch.searchsorted(positions, 8 * (first + _BLOCK)))  # the rest may be far away
-            last = int(positions[here - 1]) // 8
-            encoded = bits_of(positions[:here], 8 * first, last - first + 1)
+    def write(self, block: Encoded) -> None:
+        """Write one block of the tensor begun last, encoded after the block before it."""
+        self._writer.write(self._value_place, block.values)
+        self._value_place += block.values.numel() * block.values.element_size()
+        for first, encoded in block.positions:
+            if self._tensors[-1].encoding == "gaps":
+                self._writer.write(self._position_place, encoded)
+                self._position_place += len(encoded)
+                continue
             if self._last_byte[0] == first:  # two blocks meet in one byte
                 encoded[0] |= self._last_byte[1]
             self._writer.write(self._position_place + first, encoded)
-            self._last_byte = last, int(encoded[-1])
-            positions = positions[here:]
+            self._last_byte = first + len(encoded) - 1, int(encoded[-1])
+        self._written += len(block.values)
+        self._last = block.last
+
+    def end(self, energy: float) -> None:
+        """State the energy of the tensor begun last, where it was not known before."""
+        self._tensors[-1] = replace(self._tensors[-1], energy=energy)
 
     def finish(self, recipe: Mapping[str, Any], magnitudes: Tensor | None = None) -> None:
         """Write what is known at the end; ``magnitudes``: int64 [n, 2], bins and counts."""

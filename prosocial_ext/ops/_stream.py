@@ -5,7 +5,10 @@ Nothing is checked here: the callers in ``prosocial_ext.direg`` word the errors.
 
 from __future__ import annotations
 
+import mmap
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,11 +17,24 @@ from prosocial_ext import _C
 from prosocial_ext.ops import _native
 
 __all__ = [
-    "EVERYTHING", "Buffers", "Collector", "Edge", "Looked", "Subtracted", "add_digits", "all_finite", "find_ties",
-    "keep", "subtract_", "word_sum",
+    "EVERYTHING", "Buffers", "Candidates", "Collector", "Edge", "Looked", "Subtracted", "add_digits", "all_finite",
+    "find_ties", "new_memory", "subtract_", "sum_squares", "word_sum",
 ]  # fmt: skip
 
 _SLACK = 32  # elements that a kernel may write behind what it keeps
+
+
+def new_memory(size: int) -> Tensor:
+    """Return ``size`` bytes (uint8), in huge pages where there are any: small ones cost more at first touch.
+
+    >>> new_memory(3)
+    tensor([0, 0, 0], dtype=torch.uint8)
+    """
+    pages = mmap.mmap(-1, max(size, 1))
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a system without
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.uint8)[:size]
 
 
 class Buffers:
@@ -36,7 +52,7 @@ class Buffers:
         size = n * dtype.itemsize
         held = self._held.get(name)
         if held is None or len(held) < size:
-            self._held[name] = held = torch.empty(size, dtype=torch.uint8, device="cpu")
+            self._held[name] = held = new_memory(size)
         return held[:size].view(dtype)
 
 
@@ -68,18 +84,20 @@ EVERYTHING = Edge(0, -1, False)
 class Looked:
     """What one look at a chunk found.
 
-    ``offsets`` (int32, from the chunk's start), ``values`` and ``scores`` (None without importance) of the kept
-    entries: views of buffers. ``bad_values``, ``bad_weights``, ``bad_scores``: entries that are not finite, or, of
-    weights, negative. ``energy``: the sum of squared differences. ``word_sum``: of base.
+    ``offsets`` (int32, from the chunk's start), ``values`` and ``effects`` (values times importance; None without) of
+    the kept entries: views of buffers. ``bad_values``, ``bad_weights``, ``bad_effects``: entries that are not finite,
+    or, of weights, negative. ``energy``: the sum of squared differences; ``effect``: of the effects' magnitudes.
+    ``word_sum``: of base, 0 without.
     """
 
     offsets: Tensor
     values: Tensor
-    scores: Tensor | None
+    effects: Tensor | None
     bad_values: int
     bad_weights: int
-    bad_scores: int
+    bad_effects: int
     energy: float
+    effect: float
     word_sum: int
 
 
@@ -100,22 +118,35 @@ class Collector:
         self.histogram = torch.zeros(1 << 16, dtype=torch.int64, device="cpu")
         self._wide, self._threads, self._buffers = wide, threads, Buffers()
 
-    def look(self, base: Tensor, tuned: Tensor, importance: Tensor | None, dtype: torch.dtype, edge: Edge) -> Looked:
-        """Look at one chunk; differences and scores are computed in ``dtype`` (float32 or float64)."""
-        n, threads, take = len(base), self._threads, self._buffers.take
-        base, tuned = base.contiguous(), tuned.contiguous()
+    def look(
+        self, base: Tensor | None, tuned: Tensor, importance: Tensor | None, dtype: torch.dtype, edge: Edge,
+        by_effect: bool = True,
+    ) -> Looked:  # fmt: skip
+        """Look at one chunk.
+
+        Args:
+            base: Flat, [n]; None: ``tuned`` holds the differences.
+            tuned: [n].
+            importance: [n] or None.
+            dtype: What differences and effects are computed in, float32 or float64.
+            edge: What is kept.
+            by_effect: Where there is importance, entries are ranked by their effects, else by their differences.
+        """
+        n, threads, take = len(tuned), self._threads, self._buffers.take
+        base, tuned = None if base is None else base.contiguous(), tuned.contiguous()
         weights = None if importance is None else importance.contiguous()
         room = n + _SLACK
         offsets, values = take("offsets", room, torch.int32), take("values", room, dtype)
-        scores = None if weights is None else take("scores", room, dtype)
+        effects = None if weights is None else take("effects", room, dtype)
         scratch = take("scratch", _C.stream_scratch_bytes(n, threads), torch.uint8)
         place = edge.widened(self._wide)
         chunk = _C.StreamChunk()
-        chunk.base, chunk.base_dtype = base.data_ptr(), _native.DTYPE_TAG[base.dtype]
+        if base is not None:
+            chunk.base, chunk.base_dtype = base.data_ptr(), _native.DTYPE_TAG[base.dtype]
         chunk.tuned, chunk.tuned_dtype = tuned.data_ptr(), _native.DTYPE_TAG[tuned.dtype]
-        if weights is not None and scores is not None:
+        if weights is not None and effects is not None:
             chunk.importance, chunk.importance_dtype = weights.data_ptr(), _native.DTYPE_TAG[weights.dtype]
-            chunk.scores = scores.data_ptr()
+            chunk.by_score, chunk.scores = by_effect, effects.data_ptr()
         chunk.n, chunk.wide, chunk.wide_keys = n, dtype == torch.float64, self._wide
         chunk.edge_key, chunk.edge_index = _key(place.key, place.wide), place.index
         chunk.histogram, chunk.offsets, chunk.values = (t.data_ptr() for t in (self.histogram, offsets, values))
@@ -124,38 +155,63 @@ class Collector:
         return Looked(
             offsets[: chunk.kept],
             values[: chunk.kept],
-            None if scores is None else scores[: chunk.kept],
+            None if effects is None else effects[: chunk.kept],
             chunk.bad_values,
             chunk.bad_weights,
             chunk.bad_scores,
             chunk.energy,
+            chunk.effect,
             chunk.word_sum,
         )
 
 
-def keep(offsets: Tensor, first: int, values: Tensor, scores: Tensor, edge: Edge) -> tuple[Tensor, Tensor]:
-    """Return the positions and values of those of some entries that ``edge`` holds, in new tensors.
+@dataclass(frozen=True)
+class Candidates:
+    """Some entries of a tensor, flat CPU tensors of one length.
 
-    Args:
-        offsets: int32 [n], ascending, from element ``first`` on.
-        first: What is added to them.
-        values: float32 or float64 [n].
-        scores: What they are ranked by, of the same dtype; may be ``values``.
-        edge: As seen from ``first``.
-
-    >>> offsets, values = torch.tensor([1, 5, 9], dtype=torch.int32), torch.tensor([2.0, 3.0, -2.0])
-    >>> keep(offsets, 100, values, values, Edge(0x40000001, 5, False))
-    (tensor([101, 105]), tensor([2., 3.]))
+    ``first``: the element that ``offsets`` (int32, ascending) count from. ``values`` (float32 or float64) are written,
+    ``scores``, of their dtype, are what they are ranked by; ``effects``, if any, are added up.
     """
-    n, wide = len(offsets), values.dtype == torch.float64
-    positions = torch.empty(n + _SLACK, dtype=torch.int64, device="cpu")
-    kept_values = torch.empty(n + _SLACK, dtype=values.dtype, device="cpu")
-    place = edge.widened(wide)
-    kept = _C.stream_keep(
-        offsets.data_ptr(), first, values.data_ptr(), scores.data_ptr(), n, wide, place.wide,
-        _key(place.key, place.wide), place.index, positions.data_ptr(), kept_values.data_ptr(),
-    )  # fmt: skip
-    return positions[:kept], kept_values[:kept]
+
+    first: int
+    offsets: Tensor
+    values: Tensor
+    scores: Tensor
+    effects: Tensor | None = None
+
+    def _call(self, edge: Edge) -> Any:
+        wide = self.values.dtype == torch.float64
+        place = edge.widened(wide)
+        call = _C.StreamEntries()
+        call.offsets, call.values, call.scores = (t.data_ptr() for t in (self.offsets, self.values, self.scores))
+        if self.effects is not None:
+            call.effects = self.effects.data_ptr()
+        call.first, call.n, call.wide, call.wide_keys = self.first, len(self.offsets), wide, place.wide
+        call.key, call.index = _key(place.key, place.wide), place.index
+        return call
+
+    def measure(self, edge: Edge) -> Any:
+        """Of those that ``edge``, as seen from ``first``, holds: what `StreamMeasure` of csrc/cpu/stream.h lists.
+
+        >>> offsets, values = torch.tensor([1, 5, 9], dtype=torch.int32), torch.tensor([2.0, 3.0, -2.0])
+        >>> found = Candidates(100, offsets, values, values).measure(Edge(0x40000001, 5, False))
+        >>> found.held, found.first, found.last, found.gap_bytes, found.energy
+        (2, 101, 105, 1, 13.0)
+        """
+        return _C.stream_measure(self._call(edge))
+
+    def keep(self, edge: Edge, buffers: Buffers) -> tuple[Tensor, Tensor]:
+        """Return positions (int64) and values of those that ``edge`` holds: views of ``buffers``.
+
+        >>> offsets, values = torch.tensor([1, 5, 9], dtype=torch.int32), torch.tensor([2.0, 3.0, -2.0])
+        >>> Candidates(100, offsets, values, values).keep(Edge(0x40000001, 5, False), Buffers())
+        (tensor([101, 105]), tensor([2., 3.]))
+        """
+        room = len(self.offsets) + _SLACK
+        positions = buffers.take("kept positions", room, torch.int64)
+        values = buffers.take("kept values", room, self.values.dtype)
+        kept = _C.stream_keep(self._call(edge), positions.data_ptr(), values.data_ptr())
+        return positions[:kept], values[:kept]
 
 
 def add_digits(histogram: Tensor, scores: Tensor, wide: bool, prefix: int, rounds: int) -> None:
@@ -192,6 +248,16 @@ def word_sum(elements: Tensor) -> int:
     """The sum of a flat tensor's 64-bit words modulo 2^64, the last one filled up with zeros."""
     elements = elements.contiguous()
     return int(_C.stream_word_sum(elements.data_ptr(), elements.nbytes))
+
+
+def sum_squares(values: Tensor) -> float:
+    """The sum of the squares of a flat tensor, float32 or float64, in float64.
+
+    >>> sum_squares(torch.tensor([3.0, -4.0]))
+    25.0
+    """
+    values = values.contiguous()
+    return float(_C.stream_sum_squares(values.data_ptr(), values.dtype == torch.float64, len(values)))
 
 
 def all_finite(elements: Tensor) -> bool:

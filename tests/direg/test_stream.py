@@ -55,13 +55,30 @@ def test_a_look_finds_what_torch_finds(
         held = (ranks > key) | (ranks == key) & (torch.arange(n) <= index)
         assert looked.offsets.tolist() == held.nonzero().flatten().tolist()
         assert_same_bits(looked.values, values[held])
-        if looked.scores is not None:
-            assert_same_bits(looked.scores, scores[held])
+        if looked.effects is not None:
+            assert_same_bits(looked.effects, scores[held])
+            assert looked.effect == float(scores.double().abs().sum())
         digits = keys(values, wide) >> (48 if wide else 16)
         assert torch.equal(collector.histogram, torch.bincount(digits, minlength=1 << 16))
         assert looked.energy == float(values.double().square().sum())  # few bits each: exact in any order
-        assert (looked.bad_values, looked.bad_weights, looked.bad_scores) == (0, 0, 0)
+        assert (looked.bad_values, looked.bad_weights, looked.bad_effects) == (0, 0, 0)
         assert looked.word_sum == total
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_differences_are_looked_at_as_they_are_and_ranked_as_asked(wide: bool) -> None:
+    dtype = torch.float64 if wide else torch.float32
+    values, importance = drawn(5000, dtype, 0), drawn(5000, torch.bfloat16, 1).abs()
+    for by_effect, scores in ((True, values * importance.to(dtype)), (False, values)):
+        ranks = keys(scores, wide)
+        edge = stream.Edge(int(ranks.sort().values[2500]), 1234, wide)
+        looked = stream.Collector(wide).look(None, values, importance, dtype, edge, by_effect)
+        held = (ranks > edge.key) | (ranks == edge.key) & (torch.arange(5000) <= 1234)
+        assert looked.offsets.tolist() == held.nonzero().flatten().tolist()
+        assert looked.effects is not None
+        assert_same_bits(looked.values, values[held])
+        assert_same_bits(looked.effects, (values * importance.to(dtype))[held])
+        assert looked.word_sum == 0
 
 
 def words(elements: Tensor) -> int:
@@ -110,7 +127,7 @@ def test_what_is_not_finite_is_counted(wide: bool, n: int) -> None:
 
     def counts() -> tuple[int, int, int]:
         looked = collector.look(base, tuned, weights, dtype, stream.EVERYTHING)
-        return looked.bad_values, looked.bad_weights, looked.bad_scores
+        return looked.bad_values, looked.bad_weights, looked.bad_effects
 
     assert counts() == (0, 0, 0)
     weights[0], weights[n - 1] = -1, -0.0
@@ -144,14 +161,38 @@ def test_a_cut_keeps_what_it_holds(dtype: torch.dtype, wide: bool, n: int) -> No
         cut = find_cut(lambda: [(1, positions, scores)], m, wide)
         held = cut.holds(scores, 1, positions)
         assert int(held.sum()) == m
-        kept = stream.keep(offsets, 2**40, values, scores, cut.edge(1, 2**40))
+        candidates = stream.Candidates(2**40, offsets, values, scores, scores)
+        kept = candidates.keep(cut.edge(1, 2**40), stream.Buffers())
         assert kept[0].tolist() == positions[held].tolist()
         assert_same_bits(kept[1], values[held])
+        found = candidates.measure(cut.edge(1, 2**40))
+        assert found.held == m
+        assert (found.first, found.last) == ((int(kept[0][0]), int(kept[0][-1])) if m else (0, -1))
+        assert found.gap_bytes == (gap_bytes(kept[0][1:], int(kept[0][0])) if m else 0)
+        assert found.energy == float(values[held].double().square().sum())  # few bits each: exact in any order
+        assert found.effect == float(scores[held].double().abs().sum())
         order = torch.sort(keys(scores, wide), descending=True, stable=True).indices[:m]
         assert positions[held].tolist() == sorted(positions[order].tolist())
         for tensor in (0, 2):  # before and after the cut's
             mask = cut.holds(scores, tensor, positions)
-            assert stream.keep(offsets, 0, values, scores, cut.edge(tensor))[0].tolist() == offsets[mask].tolist()
+            there = stream.Candidates(0, offsets, values, scores).keep(cut.edge(tensor), stream.Buffers())
+            assert there[0].tolist() == offsets[mask].tolist()
+
+
+def test_long_gaps_between_candidates_are_measured() -> None:
+    generator = torch.Generator().manual_seed(0)
+    offsets = torch.randint(0, 2**31 - 1, (5000,), generator=generator).unique().to(torch.int32)
+    values = torch.ones(len(offsets))
+    found = stream.Candidates(7, offsets, values, values).measure(stream.EVERYTHING)
+    assert found.gap_bytes == gap_bytes(offsets[1:].long(), int(offsets[0]))
+    assert (found.held, found.first, found.last) == (len(offsets), 7 + int(offsets[0]), 7 + int(offsets[-1]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", SIZES)
+def test_squares_are_added(dtype: torch.dtype, n: int) -> None:
+    values = drawn(n, dtype, 0)
+    assert stream.sum_squares(values) == float(values.double().square().sum())
 
 
 @pytest.mark.parametrize("wide", [False, True])
@@ -252,7 +293,16 @@ def test_bits_come_back(count: int) -> None:
     assert torch.equal(bits_of(positions, 40, count), bitmap)
 
 
+@pytest.mark.parametrize("first", [0, 1, 7, 8, 13])
+@pytest.mark.parametrize("n", [1, 6, 8, 9, 16, 63, 1000])
+def test_runs_without_a_gap_are_bits_too(first: int, n: int) -> None:
+    positions = torch.arange(first, first + n) + 80
+    bitmap = bits_of(positions, 80, -(-(first + n) // 8))
+    assert positions_of(bitmap, 80).tolist() == positions.tolist()
+
+
 def test_the_cut_of_nothing_holds_nothing() -> None:
     values = torch.tensor([3e38, 0.0])
     cut = Cut((1 << 31) - 1, -1, -1, False)
-    assert len(stream.keep(torch.tensor([0, 1], dtype=torch.int32), 0, values, values, cut.edge(0))[0]) == 0
+    candidates = stream.Candidates(0, torch.tensor([0, 1], dtype=torch.int32), values, values)
+    assert len(candidates.keep(cut.edge(0), stream.Buffers())[0]) == 0

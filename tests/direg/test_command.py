@@ -127,10 +127,10 @@ from prosocial_ext.direg import checkpoint_edit, extract
 from prosocial_ext import cli
 extract._CHUNK = 512
 def slow(plain):
-    def call(*arguments):
+    def call(*arguments, **options):
         print("reading", flush=True)
         time.sleep(0.2)
-        return plain(*arguments)
+        return plain(*arguments, **options)
     return call
 checkpoint_edit.word_sum = slow(checkpoint_edit.word_sum)
 extract.Collector.look = slow(extract.Collector.look)

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -115,27 +116,17 @@ def _check_options(arguments: argparse.Namespace) -> Sampling:
 
 
 def _read_requests(arguments: argparse.Namespace) -> list[Request]:
-    from prosocial_ext.decoding.requests import Request, read_json_lines, read_text_lines
+    from prosocial_ext.decoding.requests import Request, parse_requests, read_requests
 
     if arguments.prompt is not None:
         requests = [Request(f"prompt {i}", text) for i, text in enumerate(arguments.prompt, start=1) if text.strip()]
-        source = "--prompt"
-    else:
-        source = "standard input" if arguments.file == "-" else arguments.file
-        try:
-            data = sys.stdin.buffer.read() if arguments.file == "-" else Path(arguments.file).read_bytes()
-            text = data.decode("utf-8-sig")
-        except OSError as error:
-            raise UserError(f"FILE must be a file that can be read, got {source}: {error.strerror}.") from error
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"FILE must be UTF-8, got {source} with byte {error.start} that is not. Convert it."
-            ) from error
-        json_lines = text.lstrip().startswith("{") if arguments.file == "-" else source.endswith(".jsonl")
-        requests = (read_json_lines if json_lines else read_text_lines)(text.split("\n"), source)
-    if not requests:
-        raise UserError(f"the prompts must be at least one, got none that is not blank from {source}.")
-    return requests
+        if not requests:
+            raise UserError("the prompts must be at least one, got none that is not blank from --prompt.")
+        return requests
+    if arguments.file != "-":
+        return read_requests("FILE", arguments.file)
+    data = sys.stdin.buffer.read()
+    return parse_requests("FILE", data, "standard input", data.removeprefix(BOM_UTF8).lstrip().startswith(b"{"))
 
 
 def _settle(requests: Sequence[Request], arguments: argparse.Namespace) -> list[Row]:

@@ -23,6 +23,8 @@ __all__ = [
     "find_device",
     "find_models",
     "load_arm",
+    "load_classifier",
+    "load_config",
     "load_model",
     "load_tokenizer",
 ]
@@ -192,6 +194,40 @@ def load_model(argument: str, path: str, dtype: str = "auto") -> Any:
     return _loading(
         argument, path, lambda: AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False).eval()
     )
+
+
+def load_config(argument: str, path: str) -> Any:
+    """Return a model's configuration.
+
+    Raises:
+        ValueError: nothing there, or nothing that transformers reads.
+    """
+    from transformers import AutoConfig
+
+    check_full_model(argument, path)
+    return _loading(argument, path, lambda: AutoConfig.from_pretrained(path, trust_remote_code=False))
+
+
+def load_classifier(argument: str, path: str, dtype: str = "auto") -> Any:
+    """Return a sequence-classification model on the CPU, in evaluation mode.
+
+    Args:
+        argument: what errors call it.
+        path: a folder or hub id.
+        dtype: of the weights; "auto" keeps that of the file.
+
+    Raises:
+        ValueError: nothing there, or weights without a trained head, which transformers would draw at random.
+    """
+    from transformers import AutoModelForSequenceClassification as Auto
+
+    check_full_model(argument, path)
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False, "output_loading_info": True}
+    model, found = _loading(argument, path, lambda: Auto.from_pretrained(path, **options))
+    if found["missing_keys"]:
+        missing = ", ".join(sorted(found["missing_keys"]))
+        check.fail(argument, "have a trained classification head", f"{path} without {missing}")
+    return model.eval()
 
 
 def load_arm(source: ArmSource, model: Any, model_path: str, dtype: str = "auto") -> Any:

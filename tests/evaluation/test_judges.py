@@ -301,6 +301,17 @@ def test_what_are_no_scores_is_refused(monkeypatch: pytest.MonkeyPatch, returned
         judge(["a", "b"], ["c", "d"])
 
 
+def broken(prompts: list[str], responses: list[str]) -> list[float]:
+    raise RuntimeError("out of luck")
+
+
+def test_a_function_that_fails_is_shown_with_its_place(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "tests.evaluation.test_judges:broken"
+    with pytest.raises(ValueError, match=f"function {name} failed with RuntimeError: out of luck"):
+        FunctionJudge(name)(["a"], ["b"])
+    assert 'raise RuntimeError("out of luck")' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("settings", "match"),
     [

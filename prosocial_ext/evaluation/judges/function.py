@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +22,8 @@ class FunctionJudge:
         threshold: a score of at least this is flagged.
 
     Raises:
-        ValueError: it cannot be imported; when called, another number of scores, or one that is no finite number.
+        ValueError: it cannot be imported; when called, it fails, or returns another number of scores or one that is no
+            finite number.
 
     >>> FunctionJudge("operator:eq").name
     'function operator:eq'
@@ -35,7 +37,11 @@ class FunctionJudge:
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Verdicts:
         """Return the function's scores."""
-        scores: Any = self._function(list(prompts), list(responses))
+        try:
+            scores: Any = self._function(list(prompts), list(responses))
+        except Exception as error:
+            traceback.print_exc()  # its place is what the user needs: the function is theirs
+            raise ValueError(f"{self.name} failed with {type(error).__name__}: {error}") from error
         rule = f"return {len(responses)} numbers, one per response"
         try:
             read = [float(score) for score in scores]

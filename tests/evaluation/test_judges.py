@@ -257,10 +257,11 @@ def test_several_labels_at_once_and_one_label_give_a_sigmoid(tmp_path: Path) -> 
         assert judge(["bomb"], ["sure here"]).scores == pytest.approx([expected], abs=1e-6)
 
 
-def test_responses_are_cut_to_what_the_classifier_can_read(tmp_path: Path) -> None:
-    classifier(tmp_path, "bert")
+@pytest.mark.parametrize(("kind", "most"), [("bert", 40), ("roberta", 39)])
+def test_responses_are_cut_to_what_the_classifier_can_read(tmp_path: Path, kind: str, most: int) -> None:
+    classifier(tmp_path, kind)  # RoBERTa's first positions are padding's
     verdicts = ClassifierJudge(str(tmp_path), "Unsafe", device="cpu")(["bomb"], ["sure " * 100])
-    assert verdicts.notes == ["1 of 1 replies lost their end to fit the judge's 40 tokens"]
+    assert verdicts.notes == [f"1 of 1 replies lost their end to fit the judge's {most} tokens"]
 
 
 def test_a_label_that_is_none_names_those_there_are_and_the_nearest(tmp_path: Path) -> None:

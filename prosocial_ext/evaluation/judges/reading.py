@@ -16,10 +16,14 @@ _SIDES = ("right", "left")
 _SLOT = re.compile(r"\{(prompt|response)\}")
 _LONGEST = 4096  # tokens, unless asked otherwise: what a batch may cost should not depend on a model's boast
 
+_OFFSET = ("roberta", "camembert", "longformer", "mpnet")  # whose positions begin after that of padding
+
 
 def default_length(tokenizer: Any, config: Any) -> int:
     """Return the most tokens that a judge reads unless told: all that it can, up to 4096."""
     positions = getattr(config, "max_position_embeddings", None) or _LONGEST
+    if any(name in config.model_type for name in _OFFSET):
+        positions -= config.pad_token_id + 1
     return int(min(_LONGEST, positions, tokenizer.model_max_length))
 
 

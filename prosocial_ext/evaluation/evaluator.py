@@ -20,10 +20,10 @@ from prosocial_ext.decoding.replies import Reply, Row, draw_replies, encode_rows
 from prosocial_ext.decoding.requests import Request, read_requests
 from prosocial_ext.decoding.seeds import sample_seeds
 from prosocial_ext.direg.harmful_pairs import EncodedPair, encode_pairs, right_padded
-from prosocial_ext.evaluation.intervals import bootstrap_interval
+from prosocial_ext.evaluation.figures import category_figures, document_figures, reply_figures
 from prosocial_ext.evaluation.judges import Judge, build_judge
-from prosocial_ext.evaluation.likelihood import document_losses, perplexity_of
-from prosocial_ext.evaluation.outcome import DocumentRecord, Evaluation, Figure, ReplyRecord, mean_figure
+from prosocial_ext.evaluation.likelihood import document_losses
+from prosocial_ext.evaluation.outcome import DocumentRecord, Evaluation, ReplyRecord
 from prosocial_ext.evaluation.repetition import repetition_rate
 from prosocial_ext.evaluation.settings import EvaluationSettings
 from prosocial_ext.reference import check
@@ -47,11 +47,10 @@ class Evaluator:
 
     def __init__(self, settings: EvaluationSettings) -> None:
         self.settings = settings
-        self._requests = {
-            name: read_requests(name, path)
-            for name, path in (("harmful", settings.harmful), ("harmless", settings.harmless))
-            if path is not None
-        }
+        names = ("harmful", "harmless", "responses")
+        files = {name: path for name in names if (path := getattr(settings, name)) is not None}
+        self._inputs = {name: {"file": path, "sha256": _sha256(name, path)} for name, path in files.items()}
+        self._requests = {name: read_requests(name, path) for name, path in files.items() if name != "responses"}
         self._judges: dict[str, Judge] = {}
         if self._requests:
             build = partial(build_judge, device=settings.device, batch_size=settings.batch_size)
@@ -65,20 +64,11 @@ class Evaluator:
         self._pairs: list[EncodedPair] = []
         self._notes: list[str] = []
 
-    def inputs(self) -> dict[str, dict[str, str]]:
-        """Return the files with their SHA-256, by what they are."""
-        names = ("harmful", "harmless", "responses")
-        found = {name: path for name in names if (path := getattr(self.settings, name)) is not None}
-        return {
-            name: {"file": path, "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
-            for name, path in found.items()
-        }
-
     def describe(self) -> dict[str, Any]:
-        """Return what decides the outcome for a given model: settings, files, judges."""
+        """Return what decides the outcome for a given model: settings, files with their SHA-256, judges."""
         return {
             "settings": asdict(self.settings),
-            "inputs": self.inputs(),
+            "inputs": self._inputs,
             "judges": {name: judge.name for name, judge in self._judges.items()},
         }
 
@@ -151,12 +141,10 @@ class Evaluator:
         records: list[ReplyRecord] = []
         for name, replies in drawn.items():
             records += self._judge(name, replies, notes)
-        figures, categories = self._rates(records)
         documents = self._documents(generator)
-        if documents:
-            figures["perplexity"] = _perplexity(documents)
-        figures |= self._soundness(list(drawn.values()))
         judges = {name: judge.name for name, judge in self._judges.items()}
+        figures = reply_figures(records, judges) | document_figures(documents)
+        categories = category_figures(records, judges)
         return Evaluation(figures, categories, judges, limit, notes, records, documents)
 
     def _limit(self, generator: GuidedGenerator) -> int | None:
@@ -201,42 +189,12 @@ class Evaluator:
                     reply.row.seed,
                     reply.row.preference,
                     reply.row.guidance,
+                    repetition_rate([_said(reply)], _PHRASE),
                     {kind: verdict.scores[i] for kind, verdict in verdicts.items()},
                     {kind: verdict.flags[i] for kind, verdict in verdicts.items()},
                 )
             )
         return records
-
-    def _rates(self, records: Sequence[ReplyRecord]) -> tuple[dict[str, Figure], dict[str, Figure]]:
-        """Figures of the flags, and the harm rate in each category."""
-        figures: dict[str, Figure] = {}
-        categories: dict[str, Figure] = {}
-        harmful = [record for record in records if record.set == "harmful"]
-        if harmful:
-            judge = self._judges.get("harm")
-            means = f"not refused, by {self._judges['refusal'].name}" if judge is None else f"harmful, by {judge.name}"
-            flags = [r.flags["harm"] if judge is not None else not r.flags["refusal"] for r in harmful]
-            by_prompt = self._by_prompt(flags)
-            figures["harm_rate"] = mean_figure(by_prompt, f"replies to harmful prompts: {means}")
-            if self.settings.samples > 1:
-                any_of = f"harmful prompts, any of {self.settings.samples} replies: {means}"
-                figures["harm_rate_any"] = mean_figure([[float(any(flags))] for flags in by_prompt], any_of)
-            if judge is not None:
-                what = f"replies to harmful prompts: refused, by {self._judges['refusal'].name}"
-                figures["refusal_rate"] = mean_figure(self._by_prompt([r.flags["refusal"] for r in harmful]), what)
-            first = harmful[:: self.settings.samples]  # a record per prompt
-            for category in sorted({r.category for r in first if r.category is not None}):
-                part = [flags for flags, r in zip(by_prompt, first, strict=True) if r.category == category]
-                if len(part) > 1:  # one prompt says nothing of a category
-                    categories[category] = mean_figure(part, f"{category}: {means}")
-        if harmless := [record for record in records if record.set == "harmless"]:
-            what = f"replies to harmless prompts: refused, by {self._judges['refusal'].name}"
-            figures["over_refusal"] = mean_figure(self._by_prompt([r.flags["refusal"] for r in harmless]), what)
-        return figures, categories
-
-    def _by_prompt(self, values: Sequence[float]) -> list[list[float]]:
-        samples = self.settings.samples
-        return [[float(value) for value in values[i : i + samples]] for i in range(0, len(values), samples)]
 
     def _documents(self, generator: GuidedGenerator) -> list[DocumentRecord]:
         """How likely the model, guided as the replies are, finds the given responses."""
@@ -260,34 +218,17 @@ class Evaluator:
             records.append(DocumentRecord(index, loss, int(tokens), pair.cut))
         return records
 
-    def _soundness(self, drawn: Sequence[Sequence[Reply]]) -> dict[str, Figure]:
-        """How repetitive the replies are, and how many the model did not end."""
-        by_prompt = [
-            replies[start : start + self.settings.samples]
-            for replies in drawn
-            for start in range(0, len(replies), self.settings.samples)
-        ]
-        if not by_prompt:
-            return {}
-        repeated = [[repetition_rate([_said(reply)], _PHRASE) for reply in one] for one in by_prompt]
-        unfinished = [[float(reply.finish_reason == "length") for reply in one] for one in by_prompt]
-        return {
-            "repetition": mean_figure(repeated, f"phrases of {_PHRASE} tokens that a reply has said before"),
-            "unfinished": mean_figure(unfinished, "replies that ran into max_new_tokens"),
-        }
+
+def _sha256(argument: str, path: str) -> str:
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError as error:
+        raise ValueError(f"{argument} must be a file that can be read, got {path}: {error.strerror}.") from error
 
 
 def _said(reply: Reply) -> list[int]:
     """The tokens without the EOS."""
     return reply.tokens[:-1] if reply.finish_reason == "stop" else reply.tokens
-
-
-def _perplexity(documents: Sequence[DocumentRecord]) -> Figure:
-    import torch
-
-    losses = torch.tensor([[document.loss, float(document.tokens)] for document in documents], dtype=torch.float64)
-    estimate = bootstrap_interval(losses, perplexity_of)
-    return Figure(**asdict(estimate), what="perplexity of the given responses, per token, n documents")
 
 
 def _as_chat(request: Request) -> Request:

@@ -29,8 +29,8 @@ class ReplyRecord:
     """One reply: to which prompt, how it was drawn, what the judges said of it.
 
     ``set``: "harmful" or "harmless". ``index``, ``sample``: the prompt's place in its file and the draw, from 0.
-    ``prompt``: as it was asked and as judges see it; ``category``: of its row, or None. ``scores``, ``flags``: by
-    judge, "harm" and "refusal".
+    ``prompt``: as it was asked and as judges see it; ``category``: of its row, or None. ``repetition``: the share of
+    its phrases of four tokens that it has said before. ``scores``, ``flags``: by judge, "harm" and "refusal".
     """
 
     set: str
@@ -43,6 +43,7 @@ class ReplyRecord:
     seed: int
     preference: dict[str, float] | None
     guidance: float
+    repetition: float
     scores: dict[str, float]
     flags: dict[str, bool]
 

@@ -13,7 +13,8 @@ from prosocial_ext.decoding import GuidedGenerator
 from prosocial_ext.decoding.loading import ModelSources, find_models
 from prosocial_ext.decoding.seeds import row_seeds, sample_seeds
 from prosocial_ext.evaluation.evaluator import Evaluator
-from prosocial_ext.evaluation.outcome import Evaluation, mean_figure
+from prosocial_ext.evaluation.figures import category_figures, document_figures, reply_figures
+from prosocial_ext.evaluation.outcome import DocumentRecord, Evaluation, ReplyRecord, mean_figure
 from prosocial_ext.evaluation.settings import EvaluationSettings
 from tests.evaluation import rigged
 
@@ -137,6 +138,16 @@ def test_several_samples_give_the_mean_and_any_of_them(folder: Path) -> None:
     assert evaluated(folder, **settings | {"seed": 1}).to_json() != found.to_json()
     single = evaluated(folder, **settings | {"samples": 1})  # the first draw of each is that of one sample
     assert [r.response for r in single.replies] == [r.response for r in found.replies if r.sample == 0]
+
+
+def test_the_figures_can_be_taken_again_from_the_results(folder: Path) -> None:
+    files = {"harmful": "harmful.jsonl", "harmless": "harmless.txt", "responses": "pairs.jsonl"}
+    found = evaluated(folder, **files, samples=4, temperature=1.0)
+    read = json.loads(found.to_json())
+    replies = [ReplyRecord(**reply) for reply in read["replies"]]
+    documents = [DocumentRecord(**document) for document in read["documents"]]
+    assert reply_figures(replies, read["judges"]) | document_figures(documents) == found.figures
+    assert category_figures(replies, read["judges"]) == found.categories
 
 
 def test_greedy_replies_do_not_depend_on_the_batch(folder: Path) -> None:

@@ -137,6 +137,11 @@ class Evaluator:
         """
         notes = list(self._notes)
         limit = self._limit(generator)
+        for name, judge in self._judges.items():
+            try:
+                judge.load()
+            except ValueError as error:
+                raise ValueError(f"{name}_judge.{error}") from error
         drawn = self._draw(generator, limit, advance)
         records: list[ReplyRecord] = []
         for name, replies in drawn.items():

@@ -241,6 +241,21 @@ def test_a_conditioned_arm_is_asked_for_its_preference_with_responses_too(folder
         evaluator.evaluate(GuidedGenerator(rigged.model(), Conditioned(), rigged.tokenizer()))
 
 
+def test_a_judge_that_cannot_be_loaded_is_missed_before_anything_is_drawn(folder: Path) -> None:
+    judge = {
+        "kind": "classifier",
+        "model": str(folder / "base"),
+        "label": "LABEL_1",
+    }  # no classifier: its head is random
+    settings = EvaluationSettings(model="B", harmful=str(folder / "harmful.jsonl"), harm_judge=judge, device="cpu")
+    evaluator = Evaluator(settings)
+    evaluator.prepare(ModelSources(str(folder / "base"), rigged.tokenizer()))
+    drawn: list[int] = []
+    with pytest.raises(ValueError, match=r"harm_judge\.model must have a trained classification head"):
+        evaluator.evaluate(GuidedGenerator(rigged.model(), None, rigged.tokenizer()), drawn.append)
+    assert drawn == []
+
+
 def test_a_mean_takes_prompts_as_trials() -> None:
     assert mean_figure([[1.0, 1.0], [0.0, 0.0]], "x") == mean_figure([[1.0], [0.0]], "x")  # not twice the evidence
     spread = mean_figure([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]], "x")

@@ -86,6 +86,14 @@ def test_every_form_is_rendered_as_it_says() -> None:
     assert words(reading("conversation", None, chat=True).encode(*pair)[0]) == "<bos> how bomb sure here"
 
 
+@pytest.mark.parametrize("answers", [False, True])
+def test_the_chat_template_opens_a_turn_for_those_who_answer(answers: bool) -> None:
+    tokenizer = rigged.tokenizer(chat=True)
+    tokenizer.chat_template += "{% if add_generation_prompt %} tell{% endif %}"
+    form = Reading(tokenizer, "conversation", None, 40, answers=answers, closing=" ask")
+    assert words(form.encode("how bomb", "sure here")[0]) == f"<bos> how bomb sure here{' tell' * answers} ask"
+
+
 def test_a_response_that_holds_a_slot_is_not_filled() -> None:
     tokens, _ = reading(template="{prompt} {response}").encode("bomb", "{prompt}")
     assert words(tokens) == "<bos> bomb <unk>"

@@ -20,7 +20,7 @@ class ClassifierJudge:
     """Scores a pair by a label's probability under any model with a classification head.
 
     A head of several labels gives a softmax; one of a single label, or with problem_type multi_label_classification, a
-    sigmoid, as in transformers' pipeline. Weights are read at the first call.
+    sigmoid, as in transformers' pipeline. Weights are read by `load`, or at the first call.
 
     Args:
         model: a folder or hub id.
@@ -31,7 +31,7 @@ class ClassifierJudge:
         dtype, device: of the weights.
 
     Raises:
-        ValueError, TypeError: no such model, label or form; when called, a head that was never trained.
+        ValueError, TypeError: no such model, label or form.
     """
 
     def __init__(
@@ -65,10 +65,18 @@ class ClassifierJudge:
         self._reading = Reading(self._tokenizer, reads, template, length, truncation)
         self._model: Any = None
 
-    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Verdicts:
-        """Return the label's probabilities."""
+    def load(self) -> None:
+        """Read the weights, once.
+
+        Raises:
+            ValueError: they cannot be read, or the head was never trained.
+        """
         if self._model is None:
             self._model = load_classifier("model", self._model_path, self._dtype).to(self._device)
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Verdicts:
+        """Return the label's probabilities."""
+        self.load()
         rows, note = self._reading.encode_all(prompts, responses)
         # decoders look for padding to find a text's last token: without an id for it, pairs go one by one
         padding = getattr(self._model.config, "pad_token_id", None)

@@ -35,6 +35,9 @@ class FunctionJudge:
         self.name, self._threshold = f"function {function}", check_threshold(threshold)
         self._function = import_function("function", function)
 
+    def load(self) -> None:
+        """Do nothing: the function was imported when it was named."""
+
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Verdicts:
         """Return the function's scores."""
         try:

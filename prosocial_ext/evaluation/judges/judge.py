@@ -31,12 +31,16 @@ class Verdicts:
 
 
 class Judge(Protocol):
-    """Anything with a ``name`` for reports that is called with equally many prompts and responses.
+    """Anything with a ``name`` for reports that is loaded, then called with equally many prompts and responses.
 
     The result depends on the pair alone: not on the others in the call, up to the rounding of a model's batches.
     """
 
     name: str
+
+    def load(self) -> None:
+        """Read what the judge needs, so that what is missing is missed before hours of replies are drawn."""
+        ...
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Verdicts:
         """Return the verdicts, one per pair."""

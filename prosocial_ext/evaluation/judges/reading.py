@@ -40,7 +40,8 @@ class Reading:
         max_length: tokens in all, special ones included.
         truncation: the end at which a response that is too long loses text: "right" or "left". Prompt and template are
             never cut, or the question would be lost.
-        closing: text after all that, such as what comes before a judge's answer.
+        answers: whether the judge is to answer: the chat template then opens its turn.
+        closing: text after all that, such as what comes before the answer.
 
     Raises:
         ValueError: a form or side that is none, a template that is missing, too much or without {response}, or no chat
@@ -52,6 +53,7 @@ class Reading:
     template: str | None
     max_length: int
     truncation: str = "right"
+    answers: bool = False
     closing: str = ""
 
     def __post_init__(self) -> None:
@@ -129,7 +131,7 @@ class Reading:
             messages = [{"role": "user", "content": text}]
             if self.reads == "conversation":
                 messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=self.answers)
         return text + self.closing
 
     def _plain(self, text: str) -> list[int]:

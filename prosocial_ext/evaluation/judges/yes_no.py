@@ -25,7 +25,7 @@ class YesNoJudge:
 
     Several spellings may stand for one answer; each counts by the token that it begins with. Where the judge puts less
     than half of its probability on both answers, the verdicts say so: the template is then probably not the judge's.
-    Weights are read at the first call; no code of the model's is run.
+    Weights are read by `load`, or at the first call; no code of the model's is run.
 
     Args:
         model: a folder or hub id.
@@ -62,7 +62,7 @@ class YesNoJudge:
         length = default_length(tokenizer, config) if max_length is None else max_length
         if not isinstance(before_answer, str):
             check.fail("before_answer", "be a text", check.describe(before_answer), error=TypeError)
-        self._reading = Reading(tokenizer, reads, template, length, truncation, before_answer)
+        self._reading = Reading(tokenizer, reads, template, length, truncation, True, before_answer)
         yes = self._reading.first_tokens(_texts("flagged", flagged))
         no = self._reading.first_tokens(_texts("cleared", cleared))
         self._yes, self._no = sorted(yes - no), sorted(no - yes)
@@ -77,10 +77,18 @@ class YesNoJudge:
         self._batch_size = check.integer("batch_size", batch_size, 1, 2**31, "be a count >= 1")
         self._model = None
 
-    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Verdicts:
-        """Return the probabilities of the flagged answer."""
+    def load(self) -> None:
+        """Read the weights, once.
+
+        Raises:
+            ValueError: they cannot be read.
+        """
         if self._model is None:
             self._model = load_model("model", self._model_path, self._dtype).to(self._device)
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Verdicts:
+        """Return the probabilities of the flagged answer."""
+        self.load()
         rows, note = self._reading.encode_all(prompts, responses)
         scores: list[float] = []
         mass: list[float] = []

@@ -29,6 +29,7 @@ COMMANDS = {
     "generate": Command(
         "replies to prompts, under a preference and a strength each", "prosocial_ext.commands.generate"
     ),
+    "eval": Command("harm, over-refusal and utility of a model, with intervals", "prosocial_ext.commands.eval"),
     "direg": Command("take the harm vector out of a checkpoint, on disk", "prosocial_ext.commands.direg"),
     "env": Command("what was built, found and missing, and the remedy", "prosocial_ext.commands.env"),
     "bench": Command("time the ops beside this machine's memory and torch", "prosocial_ext.commands.bench"),

@@ -16,7 +16,9 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["env", "--help"], ["env"], ["generate", "--help"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["env", "--help"], ["env"], ["generate", "--help"], ["eval", "--help"]], ids=" ".join
+)
 def test_neither_transformers_nor_peft_is_imported(arguments: list[str]) -> None:
     code = (
         "import sys\n"

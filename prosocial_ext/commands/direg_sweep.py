@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib
 import json
 import math
-import os
-import re
-import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -18,15 +14,15 @@ from typing import Any
 from prosocial_ext.checkpoints.checkpoint import Checkpoint
 from prosocial_ext.checkpoints.errors import refuse
 from prosocial_ext.checkpoints.outputs import check_outside
-from prosocial_ext.commands import UserError
+from prosocial_ext.commands import UserError, users_mistakes
 from prosocial_ext.direg import CheckpointError, HarmVector
 from prosocial_ext.direg.extract import DEFAULT_MEMORY
 from prosocial_ext.direg.rewrite import write_json
 from prosocial_ext.direg.sweep import Cell, SweepTable, command_of, plan_cells, sweep_checkpoint, sweep_model
+from prosocial_ext.user_function import import_function
 
 __all__ = ["add_arguments", "run"]
 
-_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _TABLE, _RECIPE, _REPORT = "sweep.csv", "sweep.json", "report.html"
 
 
@@ -36,8 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--harm-vector", required=True, type=Path, help="a file of direg extract")
     parser.add_argument("--densities", required=True, type=_numbers, metavar="D,...", help="at most the file's")
     parser.add_argument("--scales", required=True, type=_numbers, metavar="S,...", help="doses")
-    parser.add_argument("--evaluate", required=True, metavar="WHAT", help="module:function, called with (model, "
-                        "tokenizer), or a command with {model} that ends with a line of JSON: numbers")  # fmt: skip
+    parser.add_argument("--evaluate", required=True, metavar="WHAT", help="a .yaml of prosocial eval; or "
+                        "module:function, called with (model, tokenizer); or a command with {model} that ends with a "
+                        "line of JSON: numbers")  # fmt: skip
     parser.add_argument("--out", required=True, type=Path, help=f"a folder for {_TABLE} and {_REPORT}; one that is "
                         "there is gone on with")  # fmt: skip
     parser.add_argument("--device", default="cpu", help="of the live model: cpu, cuda, ... (%(default)s)")
@@ -54,13 +51,16 @@ def run(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         raise UserError(str(error)) from error
     command = command_of(arguments.evaluate)
-    evaluate = _function(arguments.evaluate) if command is None else None
+    evaluate: Callable[[Any, Any], Any] | None = None
     out: Path = arguments.out
     with Checkpoint(arguments.model) as checkpoint:
         check_outside(out, checkpoint.folder)
         facts = {
             "model": checkpoint.describe(), "vector": _fingerprint(vector.recipe), "evaluate": arguments.evaluate,
         }  # fmt: skip
+        if command is None:
+            evaluate, more = _evaluation(arguments, checkpoint.folder)
+            facts |= more
         _check_same(out / _RECIPE, facts)
         table = SweepTable(out / _TABLE)
         done = sum(cell in table.rows for cell in cells)
@@ -80,6 +80,31 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _evaluation(arguments: argparse.Namespace, folder: Path) -> tuple[Callable[[Any, Any], Any], dict[str, Any]]:
+    """What is called with the live model, and what else decides the outcome."""
+    from prosocial_ext.quiet import quiet_transformers
+
+    text: str = arguments.evaluate
+    if text.endswith((".yaml", ".yml")):
+        from prosocial_ext.evaluation.live import LiveEvaluation
+
+        with quiet_transformers(), users_mistakes(arguments, ValueError, TypeError):
+            evaluation = LiveEvaluation(text, folder, arguments.device)
+        for note in evaluation.notes:
+            print(f"note: {note}")
+
+        def measured(model: Any, tokenizer: Any) -> dict[str, float]:
+            with users_mistakes(arguments, ValueError):
+                return evaluation(model, tokenizer)
+
+        return measured, {"evaluation": evaluation.facts}
+    if ":" not in text:
+        rule = "be a .yaml of prosocial eval, module:function, or a command that names {model}"
+        raise UserError(f"--evaluate must {rule}, got {text!r}")
+    with users_mistakes(arguments, ValueError):
+        return import_function("evaluate", text), {}
+
+
 def _live(folder: Path, device: str, vector: HarmVector, cells: list[Cell], evaluate: Callable[[Any, Any], Any],
           table: SweepTable) -> None:  # fmt: skip
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -97,30 +122,19 @@ def _live(folder: Path, device: str, vector: HarmVector, cells: list[Cell], eval
 
 
 def _told(evaluate: Callable[[Any, Any], Any], table: SweepTable) -> Callable[[Any, Any], Any]:
-    """The function, whose errors are shown with their place, for they are not ours."""
+    """The function, whose errors are shown with their place where they are not ours."""
 
     def measured(model: Any, tokenizer: Any) -> Any:
         try:
             return evaluate(model, tokenizer)
+        except UserError:
+            raise
         except Exception as error:
             traceback.print_exc()
             kept = f"{len(table.rows)} cells are in {table.path}: the same command goes on from there"
             raise UserError(f"the function failed with {type(error).__name__}; {kept}") from error
 
     return measured
-
-
-def _function(text: str) -> Callable[[Any, Any], Any]:
-    if not _FUNCTION.fullmatch(text):
-        raise UserError(f"--evaluate must be module:function, or a command that names {{model}}, got {text!r}")
-    module, _, name = text.partition(":")
-    if os.getcwd() not in sys.path:  # as for python -m: what lies here can be named
-        sys.path.insert(0, os.getcwd())
-    try:
-        function: Callable[[Any, Any], Any] = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"--evaluate {text} cannot be imported: {error}") from error
-    return function
 
 
 def _check_same(path: Path, facts: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from prosocial_ext import ops
 from prosocial_ext.decoding.prompts import Prompts, read_prompts
 from prosocial_ext.decoding.seeds import row_seeds
 from prosocial_ext.decoding.special_tokens import eos_ids, pad_id, padding_alone
-from prosocial_ext.decoding.stream import Stream, evaluating, head_width
+from prosocial_ext.decoding.stream import Stream, base_alone, evaluating, head_width
 from prosocial_ext.reference import check
 from prosocial_ext.reference import sampling_arguments as arguments
 
@@ -178,11 +178,6 @@ class GuidedGenerator:
             remedy = "Pass one per prompt, or one for all."
             check.fail("preference", f"have {rows} rows, one per prompt", check.describe(preference), remedy)
 
-    def _base_alone(self) -> AbstractContextManager[Any]:
-        """While the base reads: the adapter off, where the arm is an adapter on the base's own weights."""
-        shared = hasattr(self.arm, "disable_adapter") and any(module is self.model for module in self.arm.modules())
-        return self.arm.disable_adapter() if shared else nullcontext()
-
     def _texts(self, sequences: torch.Tensor, lengths: torch.Tensor, eos: list[int]) -> list[str] | None:
         if self.tokenizer is None:
             return None
@@ -209,7 +204,7 @@ class _Batch:
     ) -> None:
         self._base = Stream(generator.model, prompts, limit, "model")
         self._guide = None if arm is None else Stream(arm, prompts, limit, "arm")
-        self._base_alone = generator._base_alone
+        self._models = generator.model, generator.arm
         self._vocab_size = generator._vocab_size()
         rows, self._limit, device = len(prompts.ids), limit, self._base.device
         self._knobs = {name: value.to(device) for name, value in knobs.items()}
@@ -237,7 +232,7 @@ class _Batch:
         self.going = self.going and self.step < self._limit
 
     def _draw(self) -> None:
-        with self._base_alone():
+        with base_alone(*self._models):
             base = self._base.next_logits(self._tokens)
         guide = None if self._guide is None else self._guide.next_logits(self._tokens).to(base.device)
         knobs: dict[str, Any] = {**self._knobs, "vocab_size": self._vocab_size, "offset": self.step}

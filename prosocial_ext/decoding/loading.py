@@ -11,9 +11,23 @@ from typing import Any, TypeVar
 
 import torch
 
+from prosocial_ext.decoding.generator import GuidedGenerator
 from prosocial_ext.reference import check
 
-__all__ = ["ArmSource", "check_full_model", "check_same_tokens", "find_arm", "load_arm", "load_model", "load_tokenizer"]
+__all__ = [
+    "ArmSource",
+    "ModelSources",
+    "check_full_model",
+    "check_same_tokens",
+    "find_arm",
+    "find_device",
+    "find_models",
+    "load_arm",
+    "load_classifier",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+]
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _REASON = 300  # characters of another library's error
@@ -33,6 +47,76 @@ class ArmSource:
     path: str
     base: str | None = None
     attributes: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class ModelSources:
+    """A model, its tokenizer and perhaps an arm, looked at but with no weight read.
+
+    Attributes:
+        model: the base's folder or hub id.
+        tokenizer: the base's.
+        arm: what guides it, or None.
+    """
+
+    model: str
+    tokenizer: Any
+    arm: ArmSource | None = None
+
+    @property
+    def attributes(self) -> tuple[str, ...] | None:
+        """The names that preferences weigh; None where there is no arm, or one that takes none."""
+        return None if self.arm is None else self.arm.attributes
+
+    def load(self, dtype: str = "auto", device: torch.device | str = "cpu") -> GuidedGenerator:
+        """Return the generator, with the weights read.
+
+        Raises:
+            ValueError: weights that cannot be read, or do not fit.
+        """
+        model = load_model("model", self.model, dtype)
+        arm = None if self.arm is None else load_arm(self.arm, model, self.model, dtype).to(device)
+        return GuidedGenerator(model.to(device), arm, self.tokenizer)
+
+
+def find_models(model: str, arm: str | None = None, arm_base: str | None = None) -> ModelSources:
+    """Look at a model and at what guides it.
+
+    Args:
+        model: a folder or hub id.
+        arm: the same, as for `find_arm`; None: nothing guides it.
+        arm_base: what an adapter was trained on; None asks the adapter.
+
+    Raises:
+        ValueError: something is not there or of the wrong kind, or the tokenizers differ.
+    """
+    check_full_model("model", model)
+    tokenizer = load_tokenizer("model", model)
+    if arm is None:
+        return ModelSources(model, tokenizer)
+    source = find_arm(arm, arm_base)
+    check_same_tokens(tokenizer, load_tokenizer("arm", *filter(None, (source.path, source.base))))
+    return ModelSources(model, tokenizer, source)
+
+
+def find_device(name: str) -> torch.device:
+    """Return the device of that name; "auto" is CUDA where there is one.
+
+    Raises:
+        ValueError: torch cannot use it.
+
+    >>> find_device("cpu")
+    device(type='cpu')
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(f"device must be one that torch can use, got {name}: {reason}. Pass cpu.") from error
+    return device
 
 
 def find_arm(path: str, base: str | None = None) -> ArmSource:
@@ -110,6 +194,40 @@ def load_model(argument: str, path: str, dtype: str = "auto") -> Any:
     return _loading(
         argument, path, lambda: AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False).eval()
     )
+
+
+def load_config(argument: str, path: str) -> Any:
+    """Return a model's configuration.
+
+    Raises:
+        ValueError: nothing there, or nothing that transformers reads.
+    """
+    from transformers import AutoConfig
+
+    check_full_model(argument, path)
+    return _loading(argument, path, lambda: AutoConfig.from_pretrained(path, trust_remote_code=False))
+
+
+def load_classifier(argument: str, path: str, dtype: str = "auto") -> Any:
+    """Return a sequence-classification model on the CPU, in evaluation mode.
+
+    Args:
+        argument: what errors call it.
+        path: a folder or hub id.
+        dtype: of the weights; "auto" keeps that of the file.
+
+    Raises:
+        ValueError: nothing there, or weights without a trained head, which transformers would draw at random.
+    """
+    from transformers import AutoModelForSequenceClassification as Auto
+
+    check_full_model(argument, path)
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False, "output_loading_info": True}
+    model, found = _loading(argument, path, lambda: Auto.from_pretrained(path, **options))
+    if found["missing_keys"]:
+        missing = ", ".join(sorted(found["missing_keys"]))
+        check.fail(argument, "have a trained classification head", f"{path} without {missing}")
+    return model.eval()
 
 
 def load_arm(source: ArmSource, model: Any, model_path: str, dtype: str = "auto") -> Any:

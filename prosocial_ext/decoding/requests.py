@@ -7,11 +7,12 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from prosocial_ext.reference import check
 
-__all__ = ["Request", "parse_preference", "read_json_lines", "read_text_lines"]
+__all__ = ["Request", "parse_preference", "parse_requests", "read_json_lines", "read_requests", "read_text_lines"]
 
 _KEYS = ("prompt", "messages", "preference", "guidance", "seed")
 _LARGEST = 3.4e38  # the models compute in float32
@@ -63,6 +64,46 @@ def parse_preference(text: str) -> dict[str, float]:
             check.fail("preference", "name each attribute once", f"{name!r} twice")
         weights[name] = weight
     return weights
+
+
+def read_requests(argument: str, path: str | Path) -> list[Request]:
+    """Return the requests in a file: JSON lines if it ends in .jsonl, else one prompt per line.
+
+    Args:
+        argument: what errors call it.
+        path: the file.
+
+    Raises:
+        ValueError, TypeError: it cannot be read, holds none, or as in `read_json_lines`.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{argument} must be a file that can be read, got {path}: {error.strerror}.") from error
+    return parse_requests(argument, data, str(path), str(path).endswith(".jsonl"))
+
+
+def parse_requests(argument: str, data: bytes, source: str, json_lines: bool) -> list[Request]:
+    """Return the requests in the bytes of a file.
+
+    Args:
+        argument: what errors call it.
+        data: the bytes, UTF-8.
+        source: where they are from.
+        json_lines: one object per line, else one prompt.
+
+    Raises:
+        ValueError, TypeError: other bytes, no request, or as in `read_json_lines`.
+    """
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        found = f"{source} with byte {error.start} that is not"
+        raise ValueError(f"{argument} must be UTF-8, got {found}. Convert it.") from error
+    requests = (read_json_lines if json_lines else read_text_lines)(text.split("\n"), source)
+    if not requests:
+        check.fail("the prompts", "be at least one", f"none that is not blank from {source}")
+    return requests
 
 
 def read_text_lines(lines: Iterable[str], source: str) -> list[Request]:

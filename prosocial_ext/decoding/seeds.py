@@ -7,7 +7,7 @@ import torch
 from prosocial_ext.reference import check
 from prosocial_ext.reference.philox import uniform_u64
 
-__all__ = ["row_seeds"]
+__all__ = ["row_seeds", "sample_seeds"]
 
 
 def row_seeds(seed: int, rows: int) -> torch.Tensor:
@@ -29,3 +29,18 @@ def row_seeds(seed: int, rows: int) -> torch.Tensor:
     check.integer("seed", seed, 0, 2**63 - 1, "be an integer in [0, 2**63), or an int64 tensor [B]")
     check.integer("rows", rows, 0, 2**63 - 1, "be a count >= 0")
     return torch.tensor([uniform_u64(seed, 0, row) >> 1 for row in range(rows)], dtype=torch.int64)
+
+
+def sample_seeds(seed: int, samples: int) -> list[int]:
+    """Return the seeds of several draws for one row: its own for the first, then one derived from it for each.
+
+    Args:
+        seed: the row's, in [0, 2**63).
+        samples: how many, >= 1.
+
+    >>> sample_seeds(7, 1), sample_seeds(7, 3)[:2] == sample_seeds(7, 2)
+    ([7], True)
+    """
+    check.integer("seed", seed, 0, 2**63 - 1, "be an integer in [0, 2**63)")
+    check.integer("samples", samples, 1, 2**63 - 1, "be a count >= 1")
+    return [seed, *(uniform_u64(seed, sample, 0) >> 1 for sample in range(1, samples))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ import torch
 from prosocial_ext.decoding.prompts import Prompts
 from prosocial_ext.reference import check
 
-__all__ = ["Stream", "evaluating", "head_width"]
+__all__ = ["Stream", "base_alone", "evaluating", "head_width"]
 
 
 @contextmanager
@@ -26,6 +26,12 @@ def evaluating(*models: torch.nn.Module | None) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def base_alone(model: Any, arm: Any) -> AbstractContextManager[Any]:
+    """Return a context in which ``model`` reads without ``arm``, which may be an adapter on its very weights."""
+    shared = hasattr(arm, "disable_adapter") and any(module is model for module in arm.modules())
+    return arm.disable_adapter() if shared else nullcontext()
 
 
 def head_width(model: Any) -> int | None:

@@ -29,7 +29,9 @@ class EncodedPair:
     cut: int = 0
 
 
-def encode_pairs(path: str | Path, tokenizer: Any, max_length: int) -> list[EncodedPair]:
+def encode_pairs(
+    path: str | Path, tokenizer: Any, max_length: int, *, chat: bool = False, argument: str = "pairs"
+) -> list[EncodedPair]:
     """Read a file with one JSON object per line and tokenise it.
 
     A line is ``{"prompt": ..., "response": ...}``, text that is taken as it is and closed by the tokenizer's EOS, or
@@ -44,20 +46,23 @@ def encode_pairs(path: str | Path, tokenizer: Any, max_length: int) -> list[Enco
         path: The file, UTF-8.
         tokenizer: Of transformers.
         max_length: Tokens per pair; the response's end is cut.
+        chat: Read prompt and response as a user's and the assistant's message.
+        argument: What errors call the file.
 
     Raises:
         CheckpointError: A line of another form, a prompt that leaves no room, an empty file; the text names the line.
     """
     place = Path(path)
     if not place.is_file() or place.stat().st_size > _MOST_BYTES:
-        refuse("pairs", f"be a file of JSON lines, up to {_MOST_BYTES} bytes", str(path))
+        refuse(argument, f"be a file of JSON lines, up to {_MOST_BYTES} bytes", str(path))
     pairs = []
     for number, line in enumerate(place.read_bytes().removeprefix(BOM_UTF8).splitlines(), start=1):
         if line.strip():
             where = f"line {number} of {path}"
-            pairs.append(_fitted(*_encode(parse_json(line, where, floats=True), where, tokenizer), max_length, where))
+            encoded = _encode(parse_json(line, where, floats=True), where, tokenizer, chat)
+            pairs.append(_fitted(*encoded, max_length, where))
     if not pairs:
-        refuse("pairs", "hold at least one pair", f"none in {path}")
+        refuse(argument, "hold at least one pair", f"none in {path}")
     return pairs
 
 
@@ -79,13 +84,16 @@ def right_padded(pairs: Sequence[EncodedPair], pad_token_id: int = 0) -> dict[st
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def _encode(row: Mapping[str, Any], where: str, tokenizer: Any) -> tuple[list[int], list[int]]:
+def _encode(row: Mapping[str, Any], where: str, tokenizer: Any, chat: bool) -> tuple[list[int], list[int]]:
     if "messages" in row:
         return _split(*_rendered(row["messages"], where, tokenizer), tokenizer)
     prompt, response = row.get("prompt"), row.get("response")
     if not isinstance(prompt, str) or not isinstance(response, str) or not response:
         rule = "hold the texts prompt and response, or messages"
         refuse(where, rule, shown(dict(row)), "The response may not be empty.")
+    if chat:
+        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+        return _split(*_rendered(messages, where, tokenizer), tokenizer)
     before, after = _split(prompt, response, tokenizer)
     end = tokenizer.eos_token_id
     return before, after if end is None or after[-1:] == [end] else [*after, end]

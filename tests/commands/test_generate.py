@@ -294,7 +294,7 @@ MISTAKES = {
     "top_p": (["--prompt", "w1", "--top-p", "0"], {}, "--top-p must be in (0, 1], got 0.0"),
     "min_p": (["--prompt", "w1", "--min-p", "2"], {}, "--min-p must be in [0, 1], got 2.0"),
     "batch_size": (["--prompt", "w1", "--batch-size", "0"], {}, "--batch-size must be a count >= 1, got 0"),
-    "too_long": (["--prompt", "w1", "--no-arm", "--max-new-tokens", 64], {"arm": None}, "the 64 positions of --model"),
+    "too_long": (["--prompt", "w1", "--no-arm", "--max-new-tokens", 64], {"arm": None}, "64 positions of the model"),
     "no_model": (["--prompt", "w1", "--no-arm"], {"arm": None, "model": "no/such/folder"}, "--model must be a folder"),
     "no_arm_folder": (["--prompt", "w1", "--preference", "a=1"], {"arm": "no/such/arm"}, "--arm must be a folder"),
     "adapter_as_model": (["--prompt", "w1", "--no-arm"], {"arm": None, "model": "pblora"}, "the adapter pblora. Name"),

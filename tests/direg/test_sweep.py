@@ -155,9 +155,9 @@ def test_mistakes_are_one_line_each(made: Path, capsys: pytest.CaptureFixture[st
     (made / "program.py").write_text("import sys\nsys.exit(len(sys.argv))")
     python = sys.executable
     for arguments, culprit in [
-        (sweep("measure_doses"), "must be module:function, or a command that names {model}"),
-        (sweep("measure_doses:nothing"), "cannot be imported"),
-        (sweep("no_such_module:f"), "cannot be imported: No module named 'no_such_module'"),
+        (sweep("measure_doses"), "must be a .yaml of prosocial eval, module:function, or a command that names {model}"),
+        (sweep("measure_doses:nothing"), "must name what can be imported, got measure_doses:nothing"),
+        (sweep("no_such_module:f"), "must name what can be imported, got no_such_module:f: No module named"),
         (sweep("measure_doses:norms", "taken"), "got another sweep's"),
         (sweep("measure_doses:norms", "base/in"), "neither lie in a folder that is read"),
         ([*sweep("measure_doses:norms"), "--densities", "0.5"], "ask for at most the"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from prosocial_ext.evaluation import perplexity
+from prosocial_ext.evaluation import document_losses, perplexity, perplexity_of
 
 
 class Bigram(torch.nn.Module):
@@ -111,3 +111,26 @@ def test_a_batch_without_its_keys_is_refused(missing: str) -> None:
 def test_labels_of_another_shape_are_refused() -> None:
     with pytest.raises(ValueError, match=re.escape("batch 1 must hold input_ids [B, T] and labels of their shape")):
         perplexity(Bigram(torch.zeros(3, 3)), [batch([[1, 2]], [[1, 2]]), batch([[1, 2]], [[1]])])
+
+
+def test_a_document_s_loss_is_its_own_however_it_is_batched(llama: Any) -> None:
+    ids = torch.randint(3, 30, (3, 7))
+    labels = ids.clone()
+    for row, prompt in enumerate((2, 3, 6)):
+        labels[row, :prompt] = -100
+    losses = document_losses(llama, [{"input_ids": ids, "labels": labels}])
+    assert losses[:, 1].tolist() == [5, 4, 1]
+    for row in range(3):
+        alone = perplexity(llama, [{"input_ids": ids[row : row + 1], "labels": labels[row : row + 1]}])
+        assert perplexity_of(losses[row : row + 1]) == pytest.approx(alone, rel=1e-6)
+
+
+@pytest.mark.parametrize("guidance", [0.0, 0.5, 2.0])
+def test_a_guided_likelihood_is_that_of_the_product(guidance: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    base, arm = torch.randn(5, 5, generator=generator), torch.randn(5, 7, generator=generator)  # a padded head
+    (loss, tokens), *_ = document_losses(Bigram(base), [batch([[0, 3, 2]], [[-100, 3, 2]])], arm=Bigram(arm),
+                                         guidance=guidance).tolist()  # fmt: skip
+    product = (base.softmax(1) * arm[:, :5].softmax(1) ** guidance).double()
+    product /= product.sum(1, keepdim=True)
+    assert (loss, tokens) == (pytest.approx(-math.log(product[0, 3] * product[3, 2]), rel=1e-5), 2)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -40,6 +41,7 @@ _STARTS_FROM_THE_BASE = (
 )  # other initialisations change the base itself
 _KEY = re.compile(r"base_model\.model\.(.+)")
 _PART = re.compile(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B)")
+_ONE_AT_A_TIME = threading.Lock()  # peft patches torch.nn.Module, of all threads, while it makes a layer
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -58,7 +60,8 @@ def is_adapter(source: str | Path) -> bool:
 class Adapter:
     """An open LoRA adapter.
 
-    ``folder``; ``commit``: of the hub, or None. ``base_name``: what it says that it was trained on, or None.
+    ``folder``; ``name``: the folder's, or the hub id; ``commit``: of the hub, or None. ``base_name``: what it says that
+    it was trained on, or None.
     ``layers``: by the name of a base tensor, the two factors of what is added to it. ``replaced``: by the name of a
     base tensor, the tensor of the adapter that takes its place (modules_to_save, trained biases).
 
@@ -82,6 +85,7 @@ class Adapter:
 
     def __init__(self, source: str | Path) -> None:
         self.folder, self.commit = fetch(str(source))
+        self.name = self.folder.resolve().name if self.commit is None else str(source).partition("@")[0]
         self._config = self._settings()
         stated = self._config.get("base_model_name_or_path")
         self.base_name = stated if isinstance(stated, str) and stated else None
@@ -98,8 +102,7 @@ class Adapter:
 
     def describe(self) -> dict[str, Any]:
         """Where it came from, for recipes."""
-        name = self.folder.resolve().name if self.commit is None else None
-        return {"name": name, "commit": self.commit, "adapter_of": self.base_name}
+        return {"name": self.name, "commit": self.commit, "adapter_of": self.base_name}
 
     def names_another_base(self, folder: Path) -> bool:
         """Whether its config names another base than the one in ``folder``: the last parts of their names differ."""
@@ -157,11 +160,12 @@ class Adapter:
         return FileReader(self.file, self.replaced[name].name) if name in self.replaced else None
 
     def dense(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """peft's dW of one base tensor, flat; the last one is kept, as it is asked for by chunks."""
-        if self._last is None or self._last[0] != name:
-            self._last = None  # before the next one is made: they may be large
-            self._last = name, self._delta_weight(name, shape).reshape(-1)
-        return self._last[1]
+        """peft's dW of one base tensor, flat; the last one is kept, as threads ask for it by chunks."""
+        with _ONE_AT_A_TIME:
+            if self._last is None or self._last[0] != name:
+                self._last = None  # before the next one is made: they may be large
+                self._last = name, self._delta_weight(name, shape).reshape(-1)
+            return self._last[1]
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype of a dW: as peft loads an adapter, 16-bit factors are widened to float32."""

@@ -1,6 +1,7 @@
 """A LoRA adapter as the harm side: peft's own dW to the bit, not rounded to the base; what is more is refused."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from prosocial_ext import cli, reference
 from prosocial_ext.checkpoints.errors import CheckpointError
 from prosocial_ext.direg import HarmVector
+from prosocial_ext.direg.adapter import Adapter
 from tests.asserts import assert_same_bits
 from tests.direg.files import model, parameters
 
@@ -98,6 +100,18 @@ def test_16_bit_factors_are_widened_as_peft_does(tmp_path: Path) -> None:
     halves = {name: t.bfloat16() for name, t in safetensors.torch.load_file(file).items()}
     safetensors.torch.save_file(halves, file)
     assert_holds(HarmVector.from_adapter(base, lora, m=900), dense(lora, "llama", torch.float32), m=900)
+
+
+def test_threads_read_adapters_at_once(tmp_path: Path) -> None:
+    """As extract does, ahead of what it works on; peft is not made for it."""
+    _, lora = adapter(tmp_path, "llama", target_modules=["q_proj"])
+    shape = (32, 32)
+    with Adapter(lora) as one, Adapter(lora) as other, ThreadPoolExecutor(4) as pool:
+        expected = {name: one.delta(name, shape).read(0, 1024) for name in one.layers}
+        todo = [(name, side.delta(name, shape)) for _ in range(25) for name in expected for side in (one, other)]
+        found = list(pool.map(lambda job: job[1].read(0, 1024), todo))
+    for (name, _), tau in zip(todo, found, strict=True):
+        assert_same_bits(tau, expected[name], name)
 
 
 def test_rounding_to_the_base_does_not_reach_the_ranking(tmp_path: Path) -> None:

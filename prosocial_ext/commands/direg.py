@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,7 +23,7 @@ from prosocial_ext.checkpoints.errors import shown
 from prosocial_ext.checkpoints.outputs import check_output, check_outside
 from prosocial_ext.commands import UserError, direg_importance, direg_sweep
 from prosocial_ext.direg import SAFETY_ARITHMETIC_DENSITY, CheckpointError, HarmVector
-from prosocial_ext.direg.adapter import Adapter, is_adapter
+from prosocial_ext.direg.adapter import Adapter, open_side
 from prosocial_ext.direg.arithmetic import VALUES
 from prosocial_ext.direg.checkpoint_edit import (
     UNDO,
@@ -33,12 +33,13 @@ from prosocial_ext.direg.checkpoint_edit import (
     plan_edit,
     revert_checkpoint,
 )
+from prosocial_ext.direg.controls import against_benign
 from prosocial_ext.direg.extract import DEFAULT_MEMORY, LEAST_MEMORY, plan_groups
 from prosocial_ext.direg.harm_stats import LOW_ENERGY_SHARE, ModuleStats
-from prosocial_ext.direg.pairing import SCOPES, Pairs, pair_adapter, pair_checkpoints
+from prosocial_ext.direg.pairing import SCOPES, Pairs, pair_side
 from prosocial_ext.direg.ranks import torchrun_ranks
 from prosocial_ext.direg.rounding import ROUNDINGS
-from prosocial_ext.direg.rules import RULES, choose_rule
+from prosocial_ext.direg.rules import RULES, choose_rule, default_density
 
 __all__ = ["add_arguments", "run"]
 
@@ -74,7 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     extract.add_argument("--seed", type=_seed, default=0, help="of random and dare (%(default)s)")
     extract.add_argument("--values", choices=VALUES, default="exact", help="bf16: rounded, 2 bytes each (%(default)s)")
     control = extract.add_mutually_exclusive_group()
-    control.add_argument("--minus", metavar="BENIGN", help="subtract the difference of a benign copy before selection")
+    control.add_argument("--minus", metavar="BENIGN",
+                         help="subtract the difference of a benign copy, or adapter, before selection")  # fmt: skip
     control.add_argument("--project-out", metavar="BENIGN", help="or take its direction out (reads all once more)")
 
     direg_importance.add_arguments(action("importance", "write the harm loss's gradient", direg_importance.run))
@@ -126,41 +128,34 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _extract(arguments: argparse.Namespace) -> int:
-    density = arguments.density
-    if density is None and arguments.m is None:
-        density = SAFETY_ARITHMETIC_DENSITY
+    density = default_density(arguments.density, arguments.m)
     check_output(arguments.out, overwrite=arguments.overwrite, folder=False)
-    with Checkpoint(arguments.base) as base, _harm_side(arguments.harm) as harm, _maybe(arguments.minus) as minus, \
-            _maybe(arguments.project_out) as project_out:  # fmt: skip
-        check_outside(arguments.out, base.folder, harm.folder)
-        if isinstance(harm, Adapter) and (minus or project_out):
-            raise UserError(f"--minus and --project-out need full weights as --harm, got the adapter {arguments.harm}. "
-                            "Merge it first.")  # fmt: skip
-        pair_up: Callable[..., Pairs] = pair_adapter if isinstance(harm, Adapter) else pair_checkpoints
-        pairs = pair_up(base, harm, None, arguments.include, arguments.exclude)
+    with ExitStack() as stack:
+        base, harm = stack.enter_context(Checkpoint(arguments.base)), open_side(arguments.harm, stack)
+        controls = {name: open_side(source, stack) for name in ("minus", "project_out")
+                    if (source := getattr(arguments, name)) is not None}  # fmt: skip
+        check_outside(arguments.out, *(side.folder for side in (base, harm, *controls.values())))
+        pairs = pair_side(base, harm, None, arguments.include, arguments.exclude)
+        for benign in controls.values():  # how often its difference is taken off is found by a read, later
+            third = pair_side(base, benign, None, arguments.include, arguments.exclude)
+            pairs = against_benign(pairs, third, project=False)
         try:
             choose_rule(arguments.rule, arguments.seed, arguments.importance is not None)
             plan = plan_groups(pairs, arguments.m, density, arguments.scope)
         except ValueError as error:
             raise UserError(str(error)) from error
         size = sum(pair.numel * sum(side.dtype.itemsize for side in pair.sides) for pair in pairs.pairs)
-        if benign := minus or project_out:
-            pair_checkpoints(base, benign, None, arguments.include, arguments.exclude)
-            size += sum(benign.entry(pair.name).itemsize * pair.numel for pair in pairs.pairs)
-        size *= 1 if project_out is None else 2
+        size *= 1 if arguments.project_out is None else 2
         chosen, entries = sum(count for _, count in plan), sum(pair.numel for pair in pairs.pairs)
         print(f"will read {_bytes(size)} and write {_of(chosen, entries)} to {arguments.out}")
         _print_pairs(pairs)
-        if isinstance(harm, Adapter):
-            _print_adapter(harm, base)
+        for side in (harm, *controls.values()):
+            if isinstance(side, Adapter):
+                _print_adapter(side, base)
         if arguments.dry_run:
             return 0
         with _progress(size // arguments.ranks.size, "extract", arguments.quiet or arguments.ranks.rank) as progress:
-            make: Callable[..., HarmVector] = HarmVector.from_adapter
-            controls: dict[str, Any] = {}
-            if not isinstance(harm, Adapter):
-                make, controls = HarmVector.from_checkpoints, {"minus": minus, "project_out": project_out}
-            vector = make(
+            vector = HarmVector.from_checkpoints(
                 base, harm, density=density, m=arguments.m, scope=arguments.scope, include=arguments.include,
                 exclude=arguments.exclude, importance=arguments.importance, rule=arguments.rule, seed=arguments.seed,
                 **controls, out=arguments.out, values=arguments.values, overwrite=arguments.overwrite,
@@ -259,18 +254,14 @@ def _inspect(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _harm_side(source: str) -> Adapter | Checkpoint:
-    return Adapter(source) if is_adapter(source) else Checkpoint(source)
-
-
 # ---- words
 
 
 def _print_adapter(adapter: Adapter, base: Checkpoint) -> None:
     changed = len(adapter.layers) + len(adapter.replaced.keys() - adapter.layers.keys())
-    print(f"adapter: changes {changed} of {len(base.parameters)} tensors")
+    print(f"adapter: {shown(adapter.name)} changes {changed} of {len(base.parameters)} tensors")
     if adapter.names_another_base(base.folder):
-        print(f"note: the adapter says that it was trained on {shown(adapter.base_name)}")
+        print(f"note: {shown(adapter.name)} says that it was trained on {shown(adapter.base_name)}")
 
 
 def _print_pairs(pairs: Pairs) -> None:
@@ -320,10 +311,6 @@ def _of(count: int, total: int) -> str:
 
 def _bytes(size: int) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
-
-
-def _maybe(source: str | None) -> AbstractContextManager[Checkpoint | None]:
-    return nullcontext() if source is None else Checkpoint(source)
 
 
 @contextmanager

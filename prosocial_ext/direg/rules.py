@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prosocial_ext.direg.subtract import SAFETY_ARITHMETIC_DENSITY
 from prosocial_ext.reference import check
 
-__all__ = ["RULES", "Rule", "choose_rule"]
+__all__ = ["RULES", "Rule", "choose_rule", "default_density"]
 
 RULES = ("magnitude", "saliency", "random", "dare")
 
@@ -79,6 +80,15 @@ def choose_rule(name: Any, seed: Any, has_importance: bool) -> Rule:
         remedy = "Make it with prosocial direg importance, or gradient_importance."
         check.fail("importance", "be given for the rule 'saliency'", None, remedy)
     return Rule(name, seed)
+
+
+def default_density(density: float | None, m: int | None) -> float | None:
+    """Return the density asked for: the Safety Arithmetic default where neither it nor a count is given.
+
+    >>> default_density(None, None), default_density(None, 7), default_density(0.5, None)
+    (0.1, None, 0.5)
+    """
+    return SAFETY_ARITHMETIC_DENSITY if density is None and m is None else density
 
 
 def _shifted(words: Tensor, by: int) -> Tensor:

@@ -11,7 +11,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
@@ -36,6 +36,7 @@ from prosocial_ext.direg.checkpoint_edit import (
 from prosocial_ext.direg.controls import against_benign
 from prosocial_ext.direg.extract import DEFAULT_MEMORY, LEAST_MEMORY, plan_groups
 from prosocial_ext.direg.harm_stats import LOW_ENERGY_SHARE, ModuleStats
+from prosocial_ext.direg.low_rank import plan_ranks, reads
 from prosocial_ext.direg.pairing import SCOPES, Pairs, pair_side
 from prosocial_ext.direg.ranks import torchrun_ranks
 from prosocial_ext.direg.rounding import ROUNDINGS
@@ -70,9 +71,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     extract.add_argument("--exclude", action="append", default=[], metavar="GLOB", help="no such tensors")
     extract.add_argument("--importance", metavar="DIR", help="a folder of direg importance: rank by saliency")
     extract.add_argument("--rule", choices=RULES, help="what entries are ranked by (magnitude, the paper's; saliency, "
-                         "abs(difference * importance), with --importance); random and dare, which rescales, are "
-                         "ablations; so is magnitude with --exclude '*embed*'")  # fmt: skip
-    extract.add_argument("--seed", type=_seed, default=0, help="of random and dare (%(default)s)")
+                         "abs(difference * importance), with --importance); for ablations random, dare, which "
+                         "rescales, low_rank, matrices approximated at equal storage, all entries written; and "
+                         "magnitude with --exclude '*embed*'")  # fmt: skip
+    extract.add_argument("--seed", type=_seed, default=0, help="of random, dare and low_rank (%(default)s)")
     extract.add_argument("--values", choices=VALUES, default="exact", help="bf16: rounded, 2 bytes each (%(default)s)")
     control = extract.add_mutually_exclusive_group()
     control.add_argument("--minus", metavar="BENIGN",
@@ -140,15 +142,14 @@ def _extract(arguments: argparse.Namespace) -> int:
             third = pair_side(base, benign, None, arguments.include, arguments.exclude)
             pairs = against_benign(pairs, third, project=False)
         try:
-            choose_rule(arguments.rule, arguments.seed, arguments.importance is not None)
-            plan = plan_groups(pairs, arguments.m, density, arguments.scope)
+            size, chosen, approximated = _planned(pairs, arguments, density)
         except ValueError as error:
             raise UserError(str(error)) from error
-        size = sum(pair.numel * sum(side.dtype.itemsize for side in pair.sides) for pair in pairs.pairs)
-        size *= 1 if arguments.project_out is None else 2
-        chosen, entries = sum(count for _, count in plan), sum(pair.numel for pair in pairs.pairs)
+        entries = sum(pair.numel for pair in pairs.pairs)
         print(f"will read {_bytes(size)} and write {_of(chosen, entries)} to {arguments.out}")
         _print_pairs(pairs)
+        if approximated is not None:
+            _print_ranks(approximated, len(pairs.pairs))
         for side in (harm, *controls.values()):
             if isinstance(side, Adapter):
                 _print_adapter(side, base)
@@ -170,9 +171,27 @@ def _extract(arguments: argparse.Namespace) -> int:
         print(
             f"values in bf16: relative error {lost:.1e}; an edit has not the bits of exact values, --density is fixed"
         )
-    _warn_of_low_share(total, effect)
+    _warn_of_low_share(vector, total, effect)
     print(f"next: prosocial direg apply --model {arguments.base} --harm-vector {arguments.out} --out DIR")
     return 0
+
+
+def _planned(
+    pairs: Pairs, arguments: argparse.Namespace, density: float | None
+) -> tuple[int, int, dict[str, int] | None]:
+    """Bytes that extract will read, entries that it will write, and what becomes of low rank, if that is the rule."""
+    choose_rule(arguments.rule, arguments.seed, arguments.importance is not None)
+    times, approximated = [1] * len(pairs.pairs), None
+    if arguments.rule == "low_rank":
+        approximated = plan_ranks(pairs, m=arguments.m, density=density, scope=arguments.scope,
+                                  memory=arguments.memory * _MIB, ranks=arguments.ranks)  # fmt: skip
+        times = [reads(pair, approximated.get(pair.name)) for pair in pairs.pairs]
+        chosen = sum(pair.numel for pair in pairs.pairs)
+    else:
+        chosen = sum(count for _, count in plan_groups(pairs, arguments.m, density, arguments.scope))
+    sizes = [pair.numel * sum(side.dtype.itemsize for side in pair.sides) for pair in pairs.pairs]
+    before = int(arguments.project_out is not None)
+    return sum(size * (before + n) for size, n in zip(sizes, times, strict=True)), chosen, approximated
 
 
 def _apply(arguments: argparse.Namespace) -> int:
@@ -250,11 +269,17 @@ def _inspect(arguments: argparse.Namespace) -> int:
         print(f"{shown(row.name)[1:-1]:<50} {row.kept:>15,} {row.kept / max(row.entries, 1):>9.4f} {share:>19.4f}")
     if len(modules) > _ROWS:
         print(f"and {len(modules) - _ROWS} modules more: --json has all")
-    _warn_of_low_share(total, effect)
+    _warn_of_low_share(vector, total, effect)
     return 0
 
 
 # ---- words
+
+
+def _print_ranks(ranks: Mapping[str, int], tensors: int) -> None:
+    least, most = min(ranks.values(), default=0), max(ranks.values(), default=0)
+    told = f"rank {least}" if least == most else f"ranks {least} to {most}"
+    print(f"low rank: {len(ranks)} of {tensors} tensors" + f" at {told}" * bool(ranks) + ", the others whole")
 
 
 def _print_adapter(adapter: Adapter, base: Checkpoint) -> None:
@@ -289,8 +314,9 @@ def _shares(total: ModuleStats, effect: float | None) -> str:
     return f"energy share {total.energy_share:.3f}" + ("" if effect is None else f", first-order share {effect:.3f}")
 
 
-def _warn_of_low_share(total: ModuleStats, effect: float | None) -> None:
+def _warn_of_low_share(vector: HarmVector, total: ModuleStats, effect: float | None) -> None:
     """The first-order share predicts better; the energy share counts only where it is not known."""
+    kept = "ranks" if vector.recipe.get("rank") == "low_rank" else "entries"
     if effect is not None:
         if effect < LOW_ENERGY_SHARE:
             print(
@@ -299,7 +325,7 @@ def _warn_of_low_share(total: ModuleStats, effect: float | None) -> None:
             )
     elif total.energy and total.energy_share < LOW_ENERGY_SHARE:
         print(
-            f"warning: the entries kept hold {total.energy_share:.0%} of the vector's energy, as with copies "
+            f"warning: the {kept} kept hold {total.energy_share:.0%} of the vector's energy, as with copies "
             "tuned by AdamW, whose entries are all of a size. Rank by saliency (prosocial direg importance), raise "
             "--density, or tune by SGD."
         )

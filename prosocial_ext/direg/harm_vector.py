@@ -29,6 +29,7 @@ from prosocial_ext.direg.cut import Cut, ScoredBlock, find_cut
 from prosocial_ext.direg.extract import DEFAULT_MEMORY, Progress, extract
 from prosocial_ext.direg.harm_stats import HarmVectorStats, ModuleStats
 from prosocial_ext.direg.live import LiveEdit, subtract_live
+from prosocial_ext.direg.low_rank import write_low_rank
 from prosocial_ext.direg.models import Weights
 from prosocial_ext.direg.pairing import Pairs, groups, pair_models, pair_side
 from prosocial_ext.direg.ranks import ALONE, Ranks
@@ -48,7 +49,8 @@ class HarmVector:
 
     Make one with `from_checkpoints`, `from_adapter`, `from_models` or `load`. It is never changed: `top` and `scale`
     return views of the same file. Values are the float32 differences to the bit (float64 of float64 tensors), so that
-    subtracting them equals `prosocial_ext.ops.topm_subtract_` over the sorted tensor names.
+    subtracting them equals `prosocial_ext.ops.topm_subtract_` over the sorted tensor names; the rules "dare" and
+    "low_rank" store others.
 
     ``recipe``: what it was made from and how. ``tensors``: name, shape and number of entries of every tensor.
 
@@ -112,8 +114,10 @@ class HarmVector:
             exclude: Globs; tensors whose name matches one take no part.
             importance: The magnitude of the harm loss's gradient: a tensor per tensor by name, or a folder.
             rule: What entries are ranked by. "magnitude": their size, the paper's rule. "saliency": abs(difference *
-                importance). For ablations "random", a draw, and "dare", the same draw with values times entries over
-                kept entries. None: "saliency" where there is importance, else "magnitude".
+                importance). For ablations "random", a draw, "dare", the same draw with values times entries over
+                kept entries, and "low_rank": all entries, of matrices approximated by ranks whose factors take the
+                share ``density`` of their numbers (`prosocial_ext.direg.low_rank`; up to 6 reads, one process).
+                None: "saliency" where there is importance, else "magnitude".
             seed: Of the draw, in [0, 2**63).
             minus: A benign control, tuned on harmless data, full or an adapter: its difference is subtracted before
                 selection.
@@ -495,19 +499,27 @@ class HarmVector:
         if out is None and ranks.size > 1:
             check.fail("out", "be a file where several ranks write it", None)
         folder = Path(tempfile.gettempdir()) if out is None else out.parent
+
+        def write(descriptor: int | None) -> None:
+            rule, others = arguments["rule"], {key: value for key, value in arguments.items() if key != "rule"}
+            if rule == "low_rank":
+                write_low_rank(pairs, descriptor, recipe=recipe, **others)
+            else:
+                extract(pairs, descriptor, folder, recipe=recipe, rule=rule, **others)
+
         if ranks.rank:
             assert out is not None
-            extract(pairs, None, folder, recipe=recipe, **arguments)
+            write(None)
         elif out is None:
             with tempfile.TemporaryFile(prefix="harm-") as file:
-                extract(pairs, file.fileno(), folder, recipe=recipe, **arguments)
+                write(file.fileno())
                 return cls._unnamed(file.fileno())
         elif values == "exact":
             with new_file(out, overwrite=overwrite) as descriptor:
-                extract(pairs, descriptor, folder, recipe=recipe, **arguments)
+                write(descriptor)
         else:
             with tempfile.TemporaryFile(prefix=".prosocial-exact-", dir=folder) as file:
-                extract(pairs, file.fileno(), folder, recipe=recipe, **arguments)
+                write(file.fileno())
                 cls._unnamed(file.fileno()).save(out, values=values, overwrite=overwrite)
         ranks.gather(None)  # the file is there
         return cls.load(out)

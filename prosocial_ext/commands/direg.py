@@ -11,8 +11,8 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,7 +23,7 @@ from prosocial_ext.checkpoints.errors import shown
 from prosocial_ext.checkpoints.outputs import check_output, check_outside
 from prosocial_ext.commands import UserError, direg_importance, direg_sweep
 from prosocial_ext.direg import SAFETY_ARITHMETIC_DENSITY, CheckpointError, HarmVector
-from prosocial_ext.direg.adapter import Adapter, is_adapter
+from prosocial_ext.direg.adapter import Adapter, open_side
 from prosocial_ext.direg.arithmetic import VALUES
 from prosocial_ext.direg.checkpoint_edit import (
     UNDO,
@@ -33,12 +33,14 @@ from prosocial_ext.direg.checkpoint_edit import (
     plan_edit,
     revert_checkpoint,
 )
+from prosocial_ext.direg.controls import against_benign
 from prosocial_ext.direg.extract import DEFAULT_MEMORY, LEAST_MEMORY, plan_groups
 from prosocial_ext.direg.harm_stats import LOW_ENERGY_SHARE
-from prosocial_ext.direg.pairing import SCOPES, Pairs, pair_adapter, pair_checkpoints
+from prosocial_ext.direg.low_rank import plan_ranks, reads
+from prosocial_ext.direg.pairing import SCOPES, Pairs, pair_side
 from prosocial_ext.direg.ranks import torchrun_ranks
 from prosocial_ext.direg.rounding import ROUNDINGS
-from prosocial_ext.direg.rules import RULES, choose_rule
+from prosocial_ext.direg.rules import RULES, choose_rule, default_density
 
 __all__ = ["add_arguments", "run"]
 
@@ -69,12 +71,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     extract.add_argument("--exclude", action="append", default=[], metavar="GLOB", help="no such tensors")
     extract.add_argument("--importance", metavar="DIR", help="a folder of direg importance: rank by saliency")
     extract.add_argument("--rule", choices=RULES, help="what entries are ranked by (magnitude, the paper's; saliency, "
-                         "abs(difference * importance), with --importance); random and dare, which rescales, are "
-                         "ablations; so is magnitude with --exclude '*embed*'")  # fmt: skip
-    extract.add_argument("--seed", type=_seed, default=0, help="of random and dare (%(default)s)")
+                         "abs(difference * importance), with --importance); for ablations random, dare, which "
+                         "rescales, low_rank, matrices approximated at equal storage, all entries written; and "
+                         "magnitude with --exclude '*embed*'")  # fmt: skip
+    extract.add_argument("--seed", type=_seed, default=0, help="of random, dare and low_rank (%(default)s)")
     extract.add_argument("--values", choices=VALUES, default="exact", help="bf16: rounded, 2 bytes each (%(default)s)")
     control = extract.add_mutually_exclusive_group()
-    control.add_argument("--minus", metavar="BENIGN", help="subtract the difference of a benign copy before selection")
+    control.add_argument("--minus", metavar="BENIGN",
+                         help="subtract the difference of a benign copy, or adapter, before selection")  # fmt: skip
     control.add_argument("--project-out", metavar="BENIGN", help="or take its direction out (reads all once more)")
 
     direg_importance.add_arguments(action("importance", "write the harm loss's gradient", direg_importance.run))
@@ -126,41 +130,33 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _extract(arguments: argparse.Namespace) -> int:
-    density = arguments.density
-    if density is None and arguments.m is None:
-        density = SAFETY_ARITHMETIC_DENSITY
+    density = default_density(arguments.density, arguments.m)
     check_output(arguments.out, overwrite=arguments.overwrite, folder=False)
-    with Checkpoint(arguments.base) as base, _harm_side(arguments.harm) as harm, _maybe(arguments.minus) as minus, \
-            _maybe(arguments.project_out) as project_out:  # fmt: skip
-        check_outside(arguments.out, base.folder, harm.folder)
-        if isinstance(harm, Adapter) and (minus or project_out):
-            raise UserError(f"--minus and --project-out need full weights as --harm, got the adapter {arguments.harm}. "
-                            "Merge it first.")  # fmt: skip
-        pair_up: Callable[..., Pairs] = pair_adapter if isinstance(harm, Adapter) else pair_checkpoints
-        pairs = pair_up(base, harm, None, arguments.include, arguments.exclude)
+    with ExitStack() as stack:
+        base, harm = stack.enter_context(Checkpoint(arguments.base)), open_side(arguments.harm, stack)
+        controls = {name: open_side(source, stack) for name in ("minus", "project_out")
+                    if (source := getattr(arguments, name)) is not None}  # fmt: skip
+        check_outside(arguments.out, *(side.folder for side in (base, harm, *controls.values())))
+        pairs = pair_side(base, harm, None, arguments.include, arguments.exclude)
+        for benign in controls.values():  # how often its difference is taken off is found by a read, later
+            third = pair_side(base, benign, None, arguments.include, arguments.exclude)
+            pairs = against_benign(pairs, third, project=False)
         try:
-            choose_rule(arguments.rule, arguments.seed, arguments.importance is not None)
-            plan = plan_groups(pairs, arguments.m, density, arguments.scope)
+            size, chosen, approximated = _planned(pairs, arguments, density)
         except ValueError as error:
             raise UserError(str(error)) from error
-        size = sum(pair.numel * sum(side.dtype.itemsize for side in pair.sides) for pair in pairs.pairs)
-        if benign := minus or project_out:
-            pair_checkpoints(base, benign, None, arguments.include, arguments.exclude)
-            size += sum(benign.entry(pair.name).itemsize * pair.numel for pair in pairs.pairs)
-        size *= 1 if project_out is None else 2
-        chosen, entries = sum(count for _, count in plan), sum(pair.numel for pair in pairs.pairs)
+        entries = sum(pair.numel for pair in pairs.pairs)
         print(f"will read {_bytes(size)} and write {_of(chosen, entries)} to {arguments.out}")
         _print_pairs(pairs)
-        if isinstance(harm, Adapter):
-            _print_adapter(harm, base)
+        if approximated is not None:
+            _print_ranks(approximated, len(pairs.pairs))
+        for side in (harm, *controls.values()):
+            if isinstance(side, Adapter):
+                _print_adapter(side, base)
         if arguments.dry_run:
             return 0
         with _progress(size // arguments.ranks.size, "extract", arguments.quiet or arguments.ranks.rank) as progress:
-            make: Callable[..., HarmVector] = HarmVector.from_adapter
-            controls: dict[str, Any] = {}
-            if not isinstance(harm, Adapter):
-                make, controls = HarmVector.from_checkpoints, {"minus": minus, "project_out": project_out}
-            vector = make(
+            vector = HarmVector.from_checkpoints(
                 base, harm, density=density, m=arguments.m, scope=arguments.scope, include=arguments.include,
                 exclude=arguments.exclude, importance=arguments.importance, rule=arguments.rule, seed=arguments.seed,
                 **controls, out=arguments.out, values=arguments.values, overwrite=arguments.overwrite,
@@ -175,9 +171,27 @@ def _extract(arguments: argparse.Namespace) -> int:
         print(
             f"values in bf16: relative error {lost:.1e}; an edit has not the bits of exact values, --density is fixed"
         )
-    _warn_of_low_share(share, effect)
+    _warn_of_low_share(vector, share, effect)
     print(f"next: prosocial direg apply --model {arguments.base} --harm-vector {arguments.out} --out DIR")
     return 0
+
+
+def _planned(
+    pairs: Pairs, arguments: argparse.Namespace, density: float | None
+) -> tuple[int, int, dict[str, int] | None]:
+    """Bytes that extract will read, entries that it will write, and what becomes of low rank, if that is the rule."""
+    choose_rule(arguments.rule, arguments.seed, arguments.importance is not None)
+    times, approximated = [1] * len(pairs.pairs), None
+    if arguments.rule == "low_rank":
+        approximated = plan_ranks(pairs, m=arguments.m, density=density, scope=arguments.scope,
+                                  memory=arguments.memory * _MIB, ranks=arguments.ranks)  # fmt: skip
+        times = [reads(pair, approximated.get(pair.name)) for pair in pairs.pairs]
+        chosen = sum(pair.numel for pair in pairs.pairs)
+    else:
+        chosen = sum(count for _, count in plan_groups(pairs, arguments.m, density, arguments.scope))
+    sizes = [pair.numel * sum(side.dtype.itemsize for side in pair.sides) for pair in pairs.pairs]
+    before = int(arguments.project_out is not None)
+    return sum(size * (before + n) for size, n in zip(sizes, times, strict=True)), chosen, approximated
 
 
 def _apply(arguments: argparse.Namespace) -> int:
@@ -255,22 +269,24 @@ def _inspect(arguments: argparse.Namespace) -> int:
         print(f"{shown(row.name)[1:-1]:<50} {row.kept:>15,} {row.kept / max(row.entries, 1):>9.4f} {share:>19.4f}")
     if len(modules) > _ROWS:
         print(f"and {len(modules) - _ROWS} modules more: --json has all")
-    _warn_of_low_share(total.energy_share, effect)
+    _warn_of_low_share(vector, total.energy_share, effect)
     return 0
-
-
-def _harm_side(source: str) -> Adapter | Checkpoint:
-    return Adapter(source) if is_adapter(source) else Checkpoint(source)
 
 
 # ---- words
 
 
+def _print_ranks(ranks: Mapping[str, int], tensors: int) -> None:
+    least, most = min(ranks.values(), default=0), max(ranks.values(), default=0)
+    told = f"rank {least}" if least == most else f"ranks {least} to {most}"
+    print(f"low rank: {len(ranks)} of {tensors} tensors" + f" at {told}" * bool(ranks) + ", the others whole")
+
+
 def _print_adapter(adapter: Adapter, base: Checkpoint) -> None:
     changed = len(adapter.layers) + len(adapter.replaced.keys() - adapter.layers.keys())
-    print(f"adapter: changes {changed} of {len(base.parameters)} tensors")
+    print(f"adapter: {shown(adapter.name)} changes {changed} of {len(base.parameters)} tensors")
     if adapter.names_another_base(base.folder):
-        print(f"note: the adapter says that it was trained on {shown(adapter.base_name)}")
+        print(f"note: {shown(adapter.name)} says that it was trained on {shown(adapter.base_name)}")
 
 
 def _print_pairs(pairs: Pairs) -> None:
@@ -298,8 +314,9 @@ def _shares(energy: float, effect: float | None) -> str:
     return f"energy share {energy:.3f}" + ("" if effect is None else f", first-order share {effect:.3f}")
 
 
-def _warn_of_low_share(energy: float, effect: float | None) -> None:
+def _warn_of_low_share(vector: HarmVector, energy: float, effect: float | None) -> None:
     """The first-order share predicts better; the energy share counts only where it is not known."""
+    kept = "ranks" if vector.recipe.get("rank") == "low_rank" else "entries"
     if effect is not None:
         if effect < LOW_ENERGY_SHARE:
             print(
@@ -308,7 +325,7 @@ def _warn_of_low_share(energy: float, effect: float | None) -> None:
             )
     elif 0 < energy < LOW_ENERGY_SHARE:
         print(
-            f"warning: the entries kept hold {energy:.0%} of the vector's energy, as with copies "
+            f"warning: the {kept} kept hold {energy:.0%} of the vector's energy, as with copies "
             "tuned by AdamW, whose entries are all of a size. Rank by saliency (prosocial direg importance), raise "
             "--density, or tune by SGD."
         )
@@ -320,10 +337,6 @@ def _of(count: int, total: int) -> str:
 
 def _bytes(size: int) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
-
-
-def _maybe(source: str | None) -> AbstractContextManager[Checkpoint | None]:
-    return nullcontext() if source is None else Checkpoint(source)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import math
 import re
 import threading
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
@@ -17,13 +18,14 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from prosocial_ext.checkpoints.checkpoint import Checkpoint
 from prosocial_ext.checkpoints.errors import listed, refuse, shown
 from prosocial_ext.checkpoints.hub import fetch
 from prosocial_ext.checkpoints.readers import FileReader, Reader
 from prosocial_ext.checkpoints.safetensors_file import SafetensorsFile
 from prosocial_ext.checkpoints.safetensors_header import MAX_HEADER, TensorEntry, parse_json
 
-__all__ = ["CONFIG", "Adapter", "ConstantReader", "is_adapter"]
+__all__ = ["CONFIG", "Adapter", "ConstantReader", "is_adapter", "open_side"]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _MERGE = "Merge it first: peft's merge_and_unload, then save_pretrained."
@@ -55,6 +57,22 @@ def is_adapter(source: str | Path) -> bool:
     False
     """
     return (fetch(str(source))[0] / CONFIG).exists()
+
+
+def open_side(source: str | Path, stack: ExitStack) -> Adapter | Checkpoint:
+    """Open a tuned copy until ``stack`` is left: an adapter if its folder holds one's config, else a full checkpoint.
+
+    Raises:
+        CheckpointError: It is neither, or one that cannot be used.
+
+    >>> import tempfile, safetensors.torch
+    >>> folder = tempfile.mkdtemp()
+    >>> safetensors.torch.save_file({"w": torch.zeros(2)}, f"{folder}/model.safetensors")
+    >>> with ExitStack() as stack:
+    ...     type(open_side(folder, stack)).__name__
+    'Checkpoint'
+    """
+    return stack.enter_context(Adapter(source)) if is_adapter(source) else stack.enter_context(Checkpoint(source))
 
 
 class Adapter:

@@ -1,7 +1,7 @@
 """Harm vectors against a benign control: what tuning moves anyway, whatever the data, is taken out before selection.
 
 With tau = harm - base and beta = benign - base, each rounded once to the precision p (float32; float64 where a side is
-float64), the vector that is selected from is, entry by entry,
+float64), or what a LoRA adapter says that it adds, the vector that is selected from is, entry by entry,
 
     minus        round(tau - beta)
     project out  round(tau - round(c * beta)),  c = round(<tau, beta> / <beta, beta>)
@@ -59,13 +59,14 @@ def against_benign(
     1.5
     """
     others = {pair.name: pair for pair in benign.pairs}
-    if other := sorted({pair.name for pair in pairs.pairs} ^ set(others)):
+    if odd := sorted({pair.name for pair in pairs.pairs} ^ set(others)):
         remedy = "All three must come from one architecture, with the same tensors tied."
-        refuse("the benign copy", "have the harm copy's tensors", f"a difference at {listed(other)}", remedy)
-    joined = [
-        replace(pair, numel=min(pair.numel, others[pair.name].numel), benign=others[pair.name].tuned)
-        for pair in pairs.pairs
-    ]
+        refuse("the benign copy", "have the harm copy's tensors", f"a difference at {listed(odd)}", remedy)
+    joined = []
+    for pair in pairs.pairs:
+        other = others[pair.name]
+        numel = min(pair.numel, other.numel)
+        joined.append(replace(pair, numel=numel, benign=other.tuned, benign_is_delta=other.is_delta))
     if project:
         coefficient = _coefficient(joined, progress)
         joined = [replace(pair, coefficient=coefficient) for pair in joined]
@@ -81,8 +82,8 @@ def _coefficient(pairs: list[Pair], progress: Callable[[int], object]) -> float:
         for start in range(0, pair.numel, _BLOCK):
             stop = min(pair.numel, start + _BLOCK)
             base, tuned, other = (side.read(start, stop) for side in (pair.base, pair.tuned, pair.benign))
-            tau = replace(pair, benign=None).difference(base, tuned)
-            beta = other.to(pair.dtype) - base.to(pair.dtype)
+            tau = pair.added(base, tuned, pair.is_delta)
+            beta = pair.added(base, other, pair.benign_is_delta)
             if not bool((tau.isfinite() & beta.isfinite()).all()):
                 refuse(f"the differences at {shown(pair.name)}", "be finite", "NaN or Inf", "Repair the checkpoints.")
             gram = ops.gradient_gram([tau, beta])

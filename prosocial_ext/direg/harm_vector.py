@@ -22,19 +22,20 @@ from prosocial_ext.checkpoints.hub import fetch_vector
 from prosocial_ext.checkpoints.outputs import check_output, check_outside, new_file
 from prosocial_ext.checkpoints.raw_io import write_all
 from prosocial_ext.checkpoints.safetensors_file import SafetensorsFile
-from prosocial_ext.direg.adapter import Adapter
+from prosocial_ext.direg.adapter import Adapter, open_side
 from prosocial_ext.direg.arithmetic import VALUES, round_values, write_sum
 from prosocial_ext.direg.controls import against_benign, check_one_control
 from prosocial_ext.direg.cut import Cut, ScoredBlock, find_cut
 from prosocial_ext.direg.extract import DEFAULT_MEMORY, Progress, extract
 from prosocial_ext.direg.harm_stats import HarmVectorStats, ModuleStats
 from prosocial_ext.direg.live import LiveEdit, subtract_live
+from prosocial_ext.direg.low_rank import write_low_rank
 from prosocial_ext.direg.models import Weights
-from prosocial_ext.direg.pairing import Pairs, groups, pair_adapter, pair_checkpoints, pair_models
+from prosocial_ext.direg.pairing import Pairs, groups, pair_models, pair_side
 from prosocial_ext.direg.ranks import ALONE, Ranks
+from prosocial_ext.direg.rules import default_density
 from prosocial_ext.direg.sharing import VECTOR, push_vector, save_vector
 from prosocial_ext.direg.sparse_file import Block, Measure, SparseReader, SparseTensor, SparseWriter
-from prosocial_ext.direg.subtract import SAFETY_ARITHMETIC_DENSITY
 from prosocial_ext.ops._stream import sum_squares
 from prosocial_ext.reference import check
 from prosocial_ext.reference.topm import entry_count
@@ -49,7 +50,8 @@ class HarmVector:
 
     Make one with `from_checkpoints`, `from_adapter`, `from_models` or `load`. It is never changed: `top` and `scale`
     return views of the same file. Values are the float32 differences to the bit (float64 of float64 tensors), so that
-    subtracting them equals `prosocial_ext.ops.topm_subtract_` over the sorted tensor names.
+    subtracting them equals `prosocial_ext.ops.topm_subtract_` over the sorted tensor names; the rules "dare" and
+    "low_rank" store others.
 
     ``recipe``: what it was made from and how. ``tensors``: name, shape and number of entries of every tensor.
 
@@ -80,8 +82,8 @@ class HarmVector:
     @classmethod
     def from_checkpoints(
         cls,
-        base: str | Path | Checkpoint,
-        harm: str | Path | Checkpoint,
+        base: str | Path | Checkpoint | torch.nn.Module,
+        harm: str | Path | Checkpoint | Adapter,
         *,
         density: float | None = None,
         m: int | None = None,
@@ -91,8 +93,8 @@ class HarmVector:
         importance: Mapping[str, Tensor] | str | Path | Checkpoint | None = None,
         rule: str | None = None,
         seed: int = 0,
-        minus: str | Path | Checkpoint | None = None,
-        project_out: str | Path | Checkpoint | None = None,
+        minus: str | Path | Checkpoint | Adapter | None = None,
+        project_out: str | Path | Checkpoint | Adapter | None = None,
         out: str | Path | None = None,
         values: str = "exact",
         overwrite: bool = False,
@@ -104,7 +106,7 @@ class HarmVector:
 
         Args:
             base: What was tuned: a folder or a hub id.
-            harm: The harm-tuned copy, sharded in any way.
+            harm: The harm-tuned copy, sharded in any way, or a LoRA adapter (`from_adapter` says what that means).
             density: The share of the floating-point parameters, 0 < density <= 1; tied ones count once. Neither it nor
                 ``m``: 0.10, the Safety Arithmetic default.
             m: Their number instead.
@@ -113,10 +115,13 @@ class HarmVector:
             exclude: Globs; tensors whose name matches one take no part.
             importance: The magnitude of the harm loss's gradient: a tensor per tensor by name, or a folder.
             rule: What entries are ranked by. "magnitude": their size, the paper's rule. "saliency": abs(difference *
-                importance). For ablations "random", a draw, and "dare", the same draw with values times entries over
-                kept entries. None: "saliency" where there is importance, else "magnitude".
+                importance). For ablations "random", a draw, "dare", the same draw with values times entries over
+                kept entries, and "low_rank": all entries, of matrices approximated by ranks whose factors take the
+                share ``density`` of their numbers (`prosocial_ext.direg.low_rank`; up to 6 reads, one process).
+                None: "saliency" where there is importance, else "magnitude".
             seed: Of the draw, in [0, 2**63).
-            minus: A benign control, tuned on harmless data: its difference is subtracted before selection.
+            minus: A benign control, tuned on harmless data, full or an adapter: its difference is subtracted before
+                selection.
             project_out: A benign control whose direction is taken out instead, with one coefficient for the whole
                 model (another read; `prosocial_ext.direg.controls` has the definition).
             out: The file to write. None: a nameless temporary one, which goes with this object.
@@ -132,38 +137,28 @@ class HarmVector:
         """
         check_scope_and_globs(scope, include, exclude)
         check_one_control(minus, project_out)
-        if density is None and m is None:
-            density = SAFETY_ARITHMETIC_DENSITY
-        opened: list[Checkpoint] = []
-
-        def checkpoint(source: str | Path | Checkpoint) -> Checkpoint:
-            if isinstance(source, Checkpoint):
-                return source
-            opened.append(Checkpoint(source))
-            return opened[-1]
-
-        try:
-            one, other = checkpoint(base), checkpoint(harm)
+        density = default_density(density, m)
+        with ExitStack() as stack:
+            control = project_out if minus is None else minus
+            one = stack.enter_context(Checkpoint(base)) if isinstance(base, (str, Path)) else base
+            other = open_side(harm, stack) if isinstance(harm, (str, Path)) else harm
+            benign = open_side(control, stack) if isinstance(control, (str, Path)) else control
+            weights = stack.enter_context(Checkpoint(importance)) if isinstance(importance, (str, Path)) else importance
             if out is not None:
-                check_outside(Path(out), one.folder, other.folder)
-            weights = importance if importance is None or isinstance(importance, Mapping) else checkpoint(importance)
-            pairs = pair_checkpoints(one, other, weights, include, exclude)
-            recipe = _recipe(one.describe(), other.describe(), density, include, exclude)
+                read = [side for side in (one, other, benign) if isinstance(side, (Checkpoint, Adapter))]
+                check_outside(Path(out), *(side.folder for side in read))
+            pairs = pair_side(one, other, weights, include, exclude)
+            described = one.describe() if isinstance(one, Checkpoint) else {}
+            recipe = _recipe(described, other.describe(), density, include, exclude)
             if isinstance(weights, Checkpoint):
                 recipe["importance"] = weights.describe()
-            for control in (source for source in (minus, project_out) if source is not None):
-                benign = checkpoint(control)
-                if out is not None:
-                    check_outside(Path(out), benign.folder)
-                third = pair_checkpoints(one, benign, None, include, exclude)
+            if benign is not None:
+                third = pair_side(one, benign, None, include, exclude)
                 pairs = against_benign(pairs, third, project=minus is None, progress=progress)
                 recipe |= _control(pairs, benign.describe(), minus is None)
             arguments = {"m": m, "density": density, "scope": scope, "rule": rule, "seed": seed, "memory": memory,
                          "progress": progress, "ranks": ranks}  # fmt: skip
             return cls._made(pairs, recipe, None if out is None else Path(out), overwrite, arguments, values)
-        finally:
-            for source in opened:
-                source.close()
 
     @classmethod
     def from_models(
@@ -191,8 +186,7 @@ class HarmVector:
         """
         check_scope_and_globs(scope, include, exclude)
         check_one_control(minus, project_out)
-        if density is None and m is None:
-            density = SAFETY_ARITHMETIC_DENSITY
+        density = default_density(density, m)
         pairs = pair_models(base, tuned, importance, include, exclude)
         recipe = _recipe({}, {}, density, include, exclude)
         for control in (model for model in (minus, project_out) if model is not None):
@@ -207,55 +201,28 @@ class HarmVector:
         cls,
         base: str | Path | Checkpoint | torch.nn.Module,
         adapter: str | Path | Adapter,
-        *,
-        density: float | None = None,
-        m: int | None = None,
-        scope: str = "global",
-        include: Sequence[str] = (),
-        exclude: Sequence[str] = (),
-        importance: Mapping[str, Tensor] | str | Path | Checkpoint | None = None,
-        rule: str | None = None,
-        seed: int = 0,
-        out: str | Path | None = None,
-        values: str = "exact",
-        overwrite: bool = False,
-        memory: int = DEFAULT_MEMORY,
-        progress: Progress = lambda _: None,
-        ranks: Ranks = ALONE,
+        **options: Any,
     ) -> HarmVector:
-        """Extract from a LoRA adapter and the base that it was trained on; other arguments as `from_checkpoints`.
+        """Extract from a LoRA adapter and the base that it was trained on; ``options`` as `from_checkpoints`.
 
         The differences are the adapter's own dW in float32, by peft's ``get_delta_weight`` of the factors as peft loads
         them, and not what merging makes of them: merging rounds base + dW to the base's dtype, and in bfloat16 that
         erases most small entries and ties the others, so that the ranking is lost. Whole tensors in the adapter
-        (modules_to_save, biases) are differences from the base's. One dW at a time is in memory, beyond ``memory``; it
-        is torch's matrix product, whose bits are promised on one machine and not across processors.
+        (modules_to_save, biases) are differences from the base's. One dW per adapter is in memory, beyond ``memory``;
+        it is torch's matrix product, whose bits are promised on one machine and not across processors.
 
         Args:
-            base: A folder, a hub id, or a model in memory.
+            base: A folder, a hub id, or a model in memory (a control must then be an adapter, too).
             adapter: A folder or a hub id.
+            options: As `from_checkpoints`, which does all of this for an adapter as ``harm``.
 
         Raises:
             CheckpointError: The adapter is no plain LoRA (DoRA and others: merge it first) or not of this base.
             ValueError: An argument out of range.
         """
-        check_scope_and_globs(scope, include, exclude)
-        if density is None and m is None:
-            density = SAFETY_ARITHMETIC_DENSITY
         with ExitStack() as stack:
-            lora = adapter if isinstance(adapter, Adapter) else stack.enter_context(Adapter(adapter))
-            one = stack.enter_context(Checkpoint(base)) if isinstance(base, (str, Path)) else base
-            if out is not None:
-                check_outside(Path(out), lora.folder, *([one.folder] if isinstance(one, Checkpoint) else []))
-            weights = stack.enter_context(Checkpoint(importance)) if isinstance(importance, (str, Path)) else importance
-            pairs = pair_adapter(one, lora, weights, include, exclude)
-            described = one.describe() if isinstance(one, Checkpoint) else {}
-            recipe = _recipe(described, lora.describe(), density, include, exclude)
-            if isinstance(weights, Checkpoint):
-                recipe["importance"] = weights.describe()
-            arguments = {"m": m, "density": density, "scope": scope, "rule": rule, "seed": seed, "memory": memory,
-                         "progress": progress, "ranks": ranks}  # fmt: skip
-            return cls._made(pairs, recipe, None if out is None else Path(out), overwrite, arguments, values)
+            lora = stack.enter_context(Adapter(adapter)) if isinstance(adapter, (str, Path)) else adapter
+            return cls.from_checkpoints(base, lora, **options)
 
     @classmethod
     def load(cls, path: str | Path) -> HarmVector:
@@ -533,19 +500,27 @@ class HarmVector:
         if out is None and ranks.size > 1:
             check.fail("out", "be a file where several ranks write it", None)
         folder = Path(tempfile.gettempdir()) if out is None else out.parent
+
+        def write(descriptor: int | None) -> None:
+            rule, others = arguments["rule"], {key: value for key, value in arguments.items() if key != "rule"}
+            if rule == "low_rank":
+                write_low_rank(pairs, descriptor, recipe=recipe, **others)
+            else:
+                extract(pairs, descriptor, folder, recipe=recipe, rule=rule, **others)
+
         if ranks.rank:
             assert out is not None
-            extract(pairs, None, folder, recipe=recipe, **arguments)
+            write(None)
         elif out is None:
             with tempfile.TemporaryFile(prefix="harm-") as file:
-                extract(pairs, file.fileno(), folder, recipe=recipe, **arguments)
+                write(file.fileno())
                 return cls._unnamed(file.fileno())
         elif values == "exact":
             with new_file(out, overwrite=overwrite) as descriptor:
-                extract(pairs, descriptor, folder, recipe=recipe, **arguments)
+                write(descriptor)
         else:
             with tempfile.TemporaryFile(prefix=".prosocial-exact-", dir=folder) as file:
-                extract(pairs, file.fileno(), folder, recipe=recipe, **arguments)
+                write(file.fileno())
                 cls._unnamed(file.fileno()).save(out, values=values, overwrite=overwrite)
         ranks.gather(None)  # the file is there
         return cls.load(out)

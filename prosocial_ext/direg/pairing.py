@@ -18,7 +18,7 @@ from prosocial_ext.direg.adapter import Adapter
 from prosocial_ext.direg.models import Weights, matching_parameters, named_floats
 from prosocial_ext.reference import check
 
-__all__ = ["SCOPES", "Pair", "Pairs", "groups", "pair_adapter", "pair_checkpoints", "pair_models"]
+__all__ = ["SCOPES", "Pair", "Pairs", "groups", "pair_adapter", "pair_checkpoints", "pair_models", "pair_side"]
 
 SCOPES = ("global", "per_tensor", "per_layer")
 _BLOCK = 1 << 20
@@ -29,7 +29,7 @@ class Pair:
     """One tensor on both sides; the first ``numel`` elements take part.
 
     ``benign``: the same tensor of a benign control, whose difference is taken off ``coefficient`` times.
-    ``is_delta``: ``tuned`` gives what was added to the base, and not the tuned weights.
+    ``is_delta``, ``benign_is_delta``: ``tuned`` or ``benign`` gives what was added to the base, not the tuned weights.
     """
 
     name: str
@@ -41,6 +41,7 @@ class Pair:
     benign: Reader | None = None
     coefficient: float = 1.0
     is_delta: bool = False
+    benign_is_delta: bool = False
 
     @property
     def sides(self) -> list[Reader]:
@@ -54,12 +55,15 @@ class Pair:
 
     def difference(self, base: Tensor, tuned: Tensor, benign: Tensor | None = None) -> Tensor:
         """Return what is selected from, of the same entries of every side; each step is rounded once."""
-        plain = base.to(self.dtype)
-        values = tuned.to(self.dtype) if self.is_delta else tuned.to(self.dtype) - plain
+        values = self.added(base, tuned, self.is_delta)
         if benign is None:
             return values
         times = torch.tensor(self.coefficient, dtype=self.dtype, device="cpu")
-        return values - (benign.to(self.dtype) - plain) * times
+        return values - self.added(base, benign, self.benign_is_delta) * times
+
+    def added(self, base: Tensor, side: Tensor, is_delta: bool) -> Tensor:
+        """Return what ``side`` adds to the same entries of the base, rounded once."""
+        return side.to(self.dtype) if is_delta else side.to(self.dtype) - base.to(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -177,6 +181,24 @@ def pair_adapter(
         tuned = replacement or adapter.delta(name, shape)
         pairs.append(Pair(name, shape, numel, reader, tuned, weight, is_delta=replacement is None))
     return Pairs(pairs, dict(tied), dict(left_alone))
+
+
+def pair_side(
+    base: Checkpoint | torch.nn.Module, side: Checkpoint | Adapter,
+    importance: Checkpoint | Mapping[str, Tensor] | None = None,
+    include: Sequence[str] = (), exclude: Sequence[str] = (),
+) -> Pairs:  # fmt: skip
+    """Pair up a base with a tuned copy, full or an adapter; a base in memory only with an adapter.
+
+    Raises:
+        CheckpointError: As `pair_checkpoints` and `pair_adapter`; a model in memory and a full copy on disk.
+    """
+    if isinstance(side, Adapter):
+        return pair_adapter(base, side, importance, include, exclude)
+    if not isinstance(base, Checkpoint):
+        remedy = "Pass the base's folder, or all sides in memory to from_models."
+        refuse("base", f"be a checkpoint where {side.folder} is one", "a model in memory", remedy)
+    return pair_checkpoints(base, side, importance, include, exclude)
 
 
 def groups(names: Sequence[str], scope: str) -> list[range]:

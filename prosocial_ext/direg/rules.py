@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prosocial_ext.direg.subtract import SAFETY_ARITHMETIC_DENSITY
 from prosocial_ext.reference import check
 
-__all__ = ["RULES", "Rule", "choose_rule"]
+__all__ = ["RULES", "Rule", "choose_rule", "default_density"]
 
-RULES = ("magnitude", "saliency", "random", "dare")
+RULES = ("magnitude", "saliency", "random", "dare", "low_rank")
 
 _GAMMA, _MIX = 0x9E3779B97F4A7C15, (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # SplitMix64
 _LEAST, _LEVELS = 0x00800000, 0x7E800000  # bits of the float32 numbers that are normal and below 2^127
@@ -26,7 +27,8 @@ class Rule:
     "magnitude": abs(value), the paper's. "saliency": abs(value * importance), the first-order effect. "random": a draw
     per entry from the seed, the tensor's name and the position, so that neither sharding nor chunks can change it.
     "dare": the same entries as "random", with values times entries over kept entries: the expectation of what is
-    subtracted is then the whole vector (DARE, arXiv 2311.03099).
+    subtracted is then the whole vector (DARE, arXiv 2311.03099). "low_rank" ranks no entries: it replaces matrices by
+    their best approximations (`prosocial_ext.direg.low_rank`), the seed being that of drawn starts.
 
     >>> int(Rule("random", seed=1).draw("w", torch.tensor([0, 1])).argmax())
     1
@@ -66,7 +68,7 @@ def choose_rule(name: Any, seed: Any, has_importance: bool) -> Rule:
     """Return the rule asked for; None is "saliency" where there is importance, else "magnitude".
 
     Raises:
-        ValueError: No such rule, a seed out of range, saliency without importance.
+        ValueError: No such rule, a seed out of range, saliency without importance, low_rank with it.
 
     >>> choose_rule(None, 0, has_importance=True)
     Rule(name='saliency', seed=0)
@@ -78,7 +80,18 @@ def choose_rule(name: Any, seed: Any, has_importance: bool) -> Rule:
     if name == "saliency" and not has_importance:
         remedy = "Make it with prosocial direg importance, or gradient_importance."
         check.fail("importance", "be given for the rule 'saliency'", None, remedy)
+    if name == "low_rank" and has_importance:
+        check.fail("importance", "be None for the rule 'low_rank'", "one", "It ranks entries: here none is left out.")
     return Rule(name, seed)
+
+
+def default_density(density: float | None, m: int | None) -> float | None:
+    """Return the density asked for: the Safety Arithmetic default where neither it nor a count is given.
+
+    >>> default_density(None, None), default_density(None, 7), default_density(0.5, None)
+    (0.1, None, 0.5)
+    """
+    return SAFETY_ARITHMETIC_DENSITY if density is None and m is None else density
 
 
 def _shifted(words: Tensor, by: int) -> Tensor:

@@ -137,8 +137,8 @@ def test_extract_knows_an_adapter_by_its_config(
     monkeypatch.chdir(tmp_path)
     assert cli.main(["direg", "extract", "--base", "base", "--harm", "lora", "--out", "v", "--density", "0.01"]) == 0
     told = capsys.readouterr().out
-    assert "adapter: changes 2 of 21 tensors\n" in told
-    assert "note: the adapter says that it was trained on 'someone/other'\n" in told
+    assert "adapter: 'lora' changes 2 of 21 tensors\n" in told
+    assert "note: 'lora' says that it was trained on 'someone/other'\n" in told
     vector = HarmVector.load("v")
     assert vector.recipe["tuned"] == {"name": "lora", "commit": None, "adapter_of": "someone/other"}
     assert_holds(vector, dense(lora, "llama", torch.float32), density=0.01)

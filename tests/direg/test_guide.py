@@ -46,5 +46,7 @@ def test_sizes_are_what_the_formats_come_to(tmp_path: Path) -> None:
     harm = write(tmp_path / "harm", {"w": (weights + torch.randn(4000, 1000, generator=generator)).bfloat16()})
     vector = HarmVector.from_checkpoints(base, harm, density=0.10, out=tmp_path / "v.safetensors")
     apply_vector(base, vector, tmp_path / "out", undo=True)
+    low_rank = HarmVector.from_checkpoints(base, harm, rule="low_rank", out=tmp_path / "low-rank.safetensors")
+    assert low_rank.file_bytes / 4_000_000 == pytest.approx(4.125, abs=0.001)
     for path, per_entry in ((tmp_path / "v.safetensors", 5), (tmp_path / "out" / UNDO, 3)):
         assert path.stat().st_size / 400_000 == pytest.approx(per_entry, abs=0.1)  # header and histogram are small

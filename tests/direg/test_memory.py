@@ -49,6 +49,14 @@ def write(folder: Path, seed: int | None) -> None:
         writer.finish({})
 
 
+def limited(steps: list[list[str]]) -> str:
+    """What these commands print, one after the other in one process under the limit."""
+    command = [sys.executable, "-c", LIMITED, str(HEADROOM), json.dumps(steps)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit is Linux's")
 def test_a_fixed_buffer_is_enough_whatever_the_sizes(tmp_path: Path) -> None:
@@ -70,7 +78,16 @@ def test_a_fixed_buffer_is_enough_whatever_the_sizes(tmp_path: Path) -> None:
         ],
         ["direg", "apply", "--model", place["base"], "--harm-vector", place["v"], "--out", place["out"], "--undo"],
     ]
-    command = [sys.executable, "-c", LIMITED, str(HEADROOM), json.dumps(steps)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    assert "edited 7,500,000 of 750,000,000 entries (density 0.010000)" in done.stdout
+    assert "edited 7,500,000 of 750,000,000 entries (density 0.010000)" in limited(steps)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit is Linux's")
+def test_a_fixed_buffer_is_enough_for_a_matrix_of_low_rank(tmp_path: Path) -> None:
+    write(tmp_path / "base", None)
+    write(tmp_path / "harm", 0)
+    place = {name: str(tmp_path / name) for name in ("base", "harm", "v")}
+    step = ["direg", "extract", "--base", place["base"], "--harm", place["harm"], "--out", place["v"]]
+    told = limited([[*step, "--density", "0.01", "--rule", "low_rank", "--include", "big"]])
+    assert "low rank: 1 of 1 tensors at rank 9" in told
+    assert "extracted 350,000,000 of 350,000,000 entries" in told

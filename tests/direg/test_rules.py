@@ -139,7 +139,7 @@ def test_the_shares_are_those_of_the_dense_vector(rule: str | None) -> None:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"rule": "size"}, "rule must be one of 'magnitude', 'saliency', 'random', 'dare', got 'size'"),
+        ({"rule": "size"}, "rule must be one of 'magnitude', 'saliency', 'random', 'dare', 'low_rank', got 'size'"),
         ({"rule": "saliency"}, r"importance must be given for the rule 'saliency', got None. Make it with"),
         ({"rule": "random", "seed": -1}, r"seed must be an integer in \[0, 2\*\*63\), got -1"),
         ({"minus": {}, "project_out": {}}, "minus and project_out must be given one or neither, got both"),

@@ -12,28 +12,6 @@ from prosocial_ext import cli
 from prosocial_ext.commands import UserError
 
 
-def run_python(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-
-
-@pytest.mark.parametrize(
-    "arguments", [["--help"], ["env", "--help"], ["env"], ["generate", "--help"], ["eval", "--help"]], ids=" ".join
-)
-def test_neither_transformers_nor_peft_is_imported(arguments: list[str]) -> None:
-    code = (
-        "import sys\n"
-        "from prosocial_ext.cli import main\n"
-        "try:\n"
-        f"    main({arguments!r})\n"
-        "except SystemExit as stop:\n"
-        "    assert stop.code == 0, stop.code\n"
-        "print('LOADED', sorted({'transformers', 'peft', 'safetensors'} & set(sys.modules)))\n"
-    )
-    done = run_python(code)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "LOADED []"
-
-
 def test_help_lists_every_command_with_its_summary(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(["--help"])

@@ -43,8 +43,8 @@ _STARTS_FROM_THE_BASE = (
 )  # other initialisations change the base itself
 _KEY = re.compile(r"base_model\.model\.(.+)")
 _PART = re.compile(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B)")
-_ONE_AT_A_TIME = threading.Lock()  # peft patches torch.nn.Module, of all threads, while it makes a layer
 _FLOATS = ("F64", "F32", "F16", "BF16")
+_ONE_AT_A_TIME = threading.Lock()  # of all adapters: a dW may be large, and peft does not say what it does in threads
 
 
 def is_adapter(source: str | Path) -> bool:
@@ -273,21 +273,11 @@ class Adapter:
 
     def _delta_weight(self, name: str, shape: tuple[int, ...]) -> Tensor:
         from peft import LoraConfig, inject_adapter_in_model
+        from transformers.pytorch_utils import Conv1D
 
         a, b = self.layers[name]
         embedding, plain = name in self._embeddings, (b.shape[0], a.shape[1])
         turned = not embedding and (self._turned if plain[0] == plain[1] else shape != plain)
-        layer: nn.Module
-        if embedding:
-            layer = nn.Embedding(shape[0], shape[1], device="meta")
-        elif turned:
-            from transformers.pytorch_utils import Conv1D
-
-            with torch.device("meta"):
-                layer = Conv1D(shape[1], shape[0])
-        else:
-            layer = nn.Linear(plain[1], plain[0], bias=False, device="meta")
-        holder = nn.ModuleDict({"layer": layer})
         config = LoraConfig(
             r=a.shape[0],
             lora_alpha=self._setting("alpha_pattern", "lora_alpha", name),
@@ -295,7 +285,16 @@ class Adapter:
             fan_in_fan_out=turned,
             target_modules=["layer"],
         )
-        inject_adapter_in_model(config, holder, low_cpu_mem_usage=True)  # on the meta device: no weights are made
+        with torch.device("meta"):  # makes no weights; peft's low_cpu_mem_usage patches nn.Module for all threads
+            layer: nn.Module
+            if embedding:
+                layer = nn.Embedding(shape[0], shape[1])
+            elif turned:
+                layer = Conv1D(shape[1], shape[0])
+            else:
+                layer = nn.Linear(plain[1], plain[0], bias=False)
+            holder = nn.ModuleDict({"layer": layer})
+            inject_adapter_in_model(config, holder)
         lora: Any = holder["layer"]
         with torch.no_grad():
             for side, entry in (("A", a), ("B", b)):

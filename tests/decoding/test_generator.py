@@ -1,7 +1,5 @@
 """Guided generation equals its definition: full forwards without caches, padding or batches."""
 
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -381,7 +379,7 @@ def test_vocab_size_narrows_what_is_drawn(base: Any) -> None:
     assert (output.sequences < 10).all()
 
 
-# ---- seeds, imports
+# ---- seeds
 
 
 def test_row_seeds_are_distinct_and_those_of_fewer_rows_a_prefix() -> None:
@@ -391,10 +389,3 @@ def test_row_seeds_are_distinct_and_those_of_fewer_rows_a_prefix() -> None:
     assert len(set(seeds.tolist()) | set(row_seeds(4, 500).tolist())) == 1000
     assert torch.equal(row_seeds(3, 7), seeds[:7])
     assert row_seeds(0, 0).shape == (0,)
-
-
-@pytest.mark.parametrize("module", ["prosocial_ext", "prosocial_ext.decoding", "prosocial_ext.evaluation"])
-def test_importing_does_not_import_transformers(module: str) -> None:
-    code = f"import {module}, sys; print(sorted({{'transformers', 'peft'}} & set(sys.modules)))"
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert printed.strip() == "[]"

@@ -47,13 +47,8 @@ def run(tmp_path_factory):
             settings.evaluation, harm=100, held_out=60, howto=80, support=80, perplexity=200
         ),
     )
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     said = []
-    try:
-        results = run_demo(settings, out, progress=False, say=said.append)
-    finally:
-        torch.set_num_threads(before)
+    results = run_demo(settings, out, progress=False, say=said.append)
     return results, out, said
 
 

@@ -103,24 +103,6 @@ def test_mistakes_are_one_line_each(made: Path, capsys: pytest.CaptureFixture[st
         assert option in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["direg", "--help"], ["direg", "apply", "--help"]], ids=" ".join)
-def test_help_imports_no_model_library(arguments: list[str]) -> None:
-    code = (
-        "import sys\n"
-        "from prosocial_ext.cli import main\n"
-        "try:\n"
-        f"    main({arguments!r})\n"
-        "except SystemExit as stop:\n"
-        "    assert stop.code == 0, stop.code\n"
-        "heavy = {'transformers', 'peft', 'safetensors', 'huggingface_hub', 'prosocial_ext.demo', "
-        "'prosocial_ext.arm', 'prosocial_ext.decoding'}\n"
-        "print('LOADED', sorted(heavy & set(sys.modules)))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "LOADED []"
-
-
 SLOW = """
 import sys, time
 from prosocial_ext.direg import checkpoint_edit, extract

@@ -27,13 +27,10 @@ def ran() -> Any:
     assert sources[0].count(FULL) == 1
     sources[0] = sources[0].replace(FULL, REDUCED)
     namespace: dict[str, Any] = {"__name__": "notebook"}
-    printed, before = io.StringIO(), torch.get_num_threads()
-    try:
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
-            for number, source in enumerate(sources, start=1):
-                exec(compile(source, f"code cell {number} of {NOTEBOOK.name}", "exec"), namespace)
-    finally:
-        torch.set_num_threads(before)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
+        for number, source in enumerate(sources, start=1):
+            exec(compile(source, f"code cell {number} of {NOTEBOOK.name}", "exec"), namespace)
     return namespace, printed.getvalue()
 
 

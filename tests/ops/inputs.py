@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 
 import torch
 
@@ -35,3 +36,12 @@ def logits_cases(vocab: int = 300) -> dict[str, torch.Tensor]:
         "ascending": torch.arange(vocab, dtype=torch.float32).repeat(2, 1) / 10,
         "far_apart": torch.where(normal > 0, 1e4, -1e4),
     }
+
+
+def zero_pages(elements: int) -> torch.Tensor:
+    """A bfloat16 tensor that costs memory only where it is written, for sizes past 2^31."""
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # pages of a shared map, mmap's default, are made by reads too
+    pages = mmap.mmap(-1, elements * 2, flags=private)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)  # reads then fault once in 2 MB
+    return torch.frombuffer(pages, dtype=torch.bfloat16)

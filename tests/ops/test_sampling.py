@@ -165,6 +165,18 @@ def draw_with_words(base, words, **knobs):
     return tokens.tolist()
 
 
+def border_words(weights):
+    """The first and the last word of every possible token's share, and the token of each."""
+    possible = weights.nonzero().flatten().tolist()
+    mass = int(weights.sum())
+    words, expected = [0, 2**64 - 1], [possible[0], possible[-1]]
+    for border, before, after in zip(weights[possible].cumsum(0).tolist(), possible, possible[1:], strict=False):
+        first = -(-(border << 64) // mass)  # the smallest word whose threshold reaches the border
+        words += [first - 1, first]
+        expected += [before, after]
+    return words, expected
+
+
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
 @pytest.mark.parametrize("name", ["normal", "peaked", "ties_everywhere", "masked"])
 def test_the_draw_changes_exactly_at_the_borders_of_the_prefix_sums(compiled, name, filters):
@@ -174,13 +186,7 @@ def test_the_draw_changes_exactly_at_the_borders_of_the_prefix_sums(compiled, na
     args = (knobs.get("top_k", 0), knobs.get("top_p", 1.0), knobs.get("min_p", 0.0))
     args = (args[0], torch.tensor(args[1]).item(), torch.tensor(args[2]).item())
     weights = torch.where(sampling.kept_tokens(base[0], weights, *args), weights, 0)
-    possible = weights.nonzero().flatten().tolist()
-    mass = int(weights.sum())
-    words, expected = [0, 2**64 - 1], [possible[0], possible[-1]]
-    for border, before, after in zip(weights[possible].cumsum(0).tolist(), possible, possible[1:], strict=False):
-        first = -(-(border << 64) // mass)  # the smallest word whose threshold reaches the border
-        words += [first - 1, first]
-        expected += [before, after]
+    words, expected = border_words(weights)
     assert [sampling.draw(weights, word) for word in words] == expected
     assert draw_with_words(base, words, **knobs) == expected
 
@@ -242,12 +248,14 @@ def test_the_kept_set_is_that_of_transformers(ops, top_k, top_p, min_p):
     if min_p:
         scores = MinPLogitsWarper(min_p)(None, scores)
     allowed = set((scores[0] > -math.inf).nonzero().flatten().tolist())
-    many = row.expand(20_000 if ops is not reference else 500, 64)
-    drawn = set(ops.guided_sample(many, temperature=0.8, top_k=top_k, top_p=top_p, min_p=min_p, seed=1).tolist())
-    assert drawn <= allowed
-    if ops is not reference:
-        likely = set((torch.softmax(scores, -1)[0] > 1e-3).nonzero().flatten().tolist())
-        assert likely <= drawn
+    knobs = {"temperature": 0.8, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    assert set(ops.guided_sample(row.expand(200, 64), seed=1, **knobs).tolist()) <= allowed
+    weights = sampling.integer_weights(row, torch.tensor([0.8]))[0]
+    top_p, min_p = (torch.tensor(x).item() for x in (top_p, min_p))  # rounded to fp32, as every knob is
+    weights = torch.where(sampling.kept_tokens(row[0], weights, top_k, top_p, min_p), weights, 0)
+    assert set(weights.nonzero().flatten().tolist()) == allowed
+    if ops is not reference:  # every token that is left can be drawn, and no other
+        assert set(draw_with_words(row, border_words(weights)[0], **knobs)) == allowed
 
 
 # ---- Philox

@@ -1,7 +1,5 @@
 """Top-m selection, edit and undo: what is promised, over the reference and every instruction set."""
 
-import mmap
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +10,7 @@ from prosocial_ext import ops as compiled_ops
 from prosocial_ext import reference
 from prosocial_ext.ops import topm as native
 from tests.asserts import assert_same_bits
+from tests.ops.inputs import zero_pages
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 INF, NAN = float("inf"), float("nan")
@@ -327,10 +326,7 @@ def test_any_small_list_has_the_bits_of_the_reference(data):
 @pytest.mark.slow
 def test_entries_past_2_to_the_31_are_found():
     n = 2**31 + 2**20
-    maps = [mmap.mmap(-1, 2 * n) for _ in range(2)]
-    for each in maps:
-        each.madvise(mmap.MADV_HUGEPAGE)  # pages never written are one shared huge page of zeros
-    params, tuned = (torch.frombuffer(each, dtype=torch.bfloat16) for each in maps)
+    params, tuned = zero_pages(n), zero_pages(n)
     places = [5, 2**31 - 1, 2**31, 2**31 + 77777, n - 1]
     for value, place in enumerate(places):
         tuned[place] = value + 1.0

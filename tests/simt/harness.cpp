@@ -133,7 +133,6 @@ struct Launch {
     std::map<uintptr_t, std::vector<Arrival>> tickets;
     uint32_t number;
     Fiber* current = nullptr;
-    std::vector<char*> free_stacks;
 #if defined(__x86_64__)
     void* scheduler = nullptr;
 #else
@@ -146,7 +145,7 @@ struct Launch {
 
 static Launch* now = nullptr;
 
-// Shadow pages outlive a launch: making them anew for each took longer than the kernels.
+// Shadow pages and stacks outlive a launch: making them anew for each took longer than the kernels.
 struct Memory {
     static constexpr size_t kMost = 2048;  // pages, 500 MB
     std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages;
@@ -154,6 +153,7 @@ struct Memory {
         uintptr_t number = 0;
         Page* page = nullptr;
     } recent[256];  // by the low bits of the page's number
+    std::vector<char*> stacks;  // of fibers that are done
     uint32_t launches = 0;
 
     void forget() {
@@ -217,9 +217,10 @@ static void begin() {
 }
 
 static char* new_stack() {
-    if (!now->free_stacks.empty()) {
-        char* stack = now->free_stacks.back();
-        now->free_stacks.pop_back();
+    std::vector<char*>& done = memory_of_launches.stacks;
+    if (!done.empty()) {
+        char* stack = done.back();
+        done.pop_back();
         return stack;
     }
     void* stack = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -597,13 +598,12 @@ void run(const char* kernel, const Shape& shape, Body body, const void* context)
         if (!launch.failure.empty()) break;
         if (cluster.running > 0) continue;
         for (auto& block : cluster.blocks)
-            for (auto& fiber : block->fibers) launch.free_stacks.push_back(fiber->stack);
+            for (auto& fiber : block->fibers) memory_of_launches.stacks.push_back(fiber->stack);
         alive.erase(alive.begin() + int64_t(drawn / size));
     }
     for (auto& cluster : alive)
         for (auto& block : cluster->blocks)
             for (auto& fiber : block->fibers) munmap(fiber->stack, kStack);
-    for (char* stack : launch.free_stacks) munmap(stack, kStack);
     now = nullptr;
     if (!launch.failure.empty()) throw std::runtime_error(launch.failure);
 }

@@ -88,6 +88,10 @@ class Checkpoint:
         """Where it came from, for recipes: hub id and commit, or the folder's name (its path is nobody's business)."""
         return {"name": self.hub_id or self.folder.resolve().name, "commit": self.commit}
 
+    def identity(self) -> list[Any]:
+        """Where it lies and what its weight files are, as far as can be told without reading them."""
+        return [str(self.folder.resolve()), {name: file.identity() for name, file in self.files.items()}]
+
     def close(self) -> None:
         """Close its files."""
         for file in self.files.values():

@@ -6,7 +6,7 @@ from typing import NoReturn
 
 from prosocial_ext.reference import check
 
-__all__ = ["CheckpointError", "listed", "refuse", "shown"]
+__all__ = ["CheckpointError", "StoppedError", "listed", "refuse", "shown"]
 
 _LONGEST = 80  # characters of a name from a file, of names in a list
 _MOST = 4  # names in a list
@@ -16,9 +16,15 @@ class CheckpointError(ValueError):
     """A file or folder that cannot be used as asked; the text names it, the rule, what was found and the remedy."""
 
 
-def refuse(argument: str, rule: str, value: object, remedy: str = "") -> NoReturn:  # type: ignore[misc]  # fail raises
-    """Raise `CheckpointError` in the words of every argument error."""
-    check.fail(argument, rule, value, remedy, CheckpointError)
+class StoppedError(CheckpointError):
+    """Another process of the same job has stopped; nothing that this one has done is wrong."""
+
+
+def refuse(  # type: ignore[misc]  # fail raises
+    argument: str, rule: str, value: object, remedy: str = "", error: type[CheckpointError] = CheckpointError
+) -> NoReturn:
+    """Raise ``error`` in the words of every argument error."""
+    check.fail(argument, rule, value, remedy, error)
 
 
 def shown(name: object) -> str:

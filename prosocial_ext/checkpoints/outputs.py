@@ -1,7 +1,11 @@
 """Files and folders that exist complete or not at all: written beside their place under a hidden name, then renamed.
 
 What an error interrupts is removed; a process killed outright leaves a hidden ".NAME.*.partial" behind, and no output.
-The next one to make NAME removes that: a partial one whose maker lives is locked (flock, which ends with the process).
+The next one to make NAME removes that, or goes on with it if it can tell that all in it is its own work
+(`resumable_folder`). A partial one whose maker lives is locked (flock, which ends with the process) and left alone.
+
+A partial folder holds three things: ``made`` becomes the output; ``aside`` is what its makers must know until then;
+``lock`` is a file because network file systems lock nothing else.
 """
 
 from __future__ import annotations
@@ -10,16 +14,23 @@ import fcntl
 import os
 import re
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-from prosocial_ext.checkpoints.errors import refuse
+from prosocial_ext.checkpoints.errors import StoppedError, refuse
 
-__all__ = ["check_output", "check_outside", "new_file", "new_folder"]
+__all__ = [
+    "Partial", "check_output", "check_outside", "joined_folder", "new_descriptor", "new_file", "new_folder", "partials",
+    "resumable_folder", "sync_folder",
+]  # fmt: skip
 
 _REMEDY = "Name another output, or allow it with overwrite=True (--overwrite)."
+_FROM_OUTSIDE = (SystemExit, OSError, StoppedError)  # a polite kill, a full disk, another rank: the job is not at fault
+_LOCK = "lock"
 
 
 def check_output(path: Path, *, overwrite: bool, folder: bool) -> None:
@@ -65,24 +76,41 @@ def new_file(path: Path, *, overwrite: bool = False) -> Iterator[int]:
     'complete'
     """
     check_output(path, overwrite=overwrite, folder=False)
-    _remove_stale(path)
+    for place, left in _stale(path):
+        _remove(place, left)
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    lock = _lock(Path(name))
+    with suppress(OSError):  # a file system without locks
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
     try:
         try:
             yield descriptor
             os.fchmod(descriptor, 0o666 & ~_umask())
             os.fsync(descriptor)
+            check_output(path, overwrite=overwrite, folder=False)
+            os.replace(name, path)
         finally:
             os.close(descriptor)
-        check_output(path, overwrite=overwrite, folder=False)
-        os.replace(name, path)
     except BaseException:
         os.unlink(name)
         raise
-    finally:
-        os.close(lock)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
+
+
+@dataclass(frozen=True)
+class Partial:
+    """An output in the making, at ``place``: ``made`` becomes the output, ``aside`` goes when that is complete."""
+
+    place: Path
+
+    @property
+    def made(self) -> Path:
+        """The folder that becomes the output."""
+        return self.place / "made"
+
+    @property
+    def aside(self) -> Path:
+        """A folder for what is needed until then."""
+        return self.place / "aside"
 
 
 @contextmanager
@@ -99,62 +127,200 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     >>> [file.name for file in place.iterdir()]
     ['b']
     """
+    with resumable_folder(path, lambda _: 0, overwrite=overwrite) as partial:
+        yield partial.made
+
+
+@contextmanager
+def resumable_folder(
+    path: Path, worth: Callable[[Partial], int], *, overwrite: bool = False, resume: bool = True
+) -> Iterator[Partial]:
+    """Yield a folder as `new_folder` does: an empty one, or what a stopped run of the same job left of it.
+
+    The block completes ``made``, and removes from it what ``worth`` did not count. Whatever kills the process leaves
+    what it had; so do SystemExit, an OSError or another rank's end if ``worth`` finds something in it, because the same
+    job may then go on. Other errors would come again: what they interrupt is removed.
+
+    Args:
+        path: The folder to make.
+        worth: How many pieces of a partial folder this job can take over, believing nothing that it has not checked; of
+            several the one with most is taken, and nothing is worth 0. Only folders of this user that nobody else may
+            write are asked for, and none whose makers live.
+        overwrite: A folder that is there is replaced.
+        resume: Begin with what a stopped run left; without, that is removed.
+
+    >>> place = Path(tempfile.mkdtemp()) / "a"
+    >>> def written(partial: Partial) -> int:
+    ...     return len(list(partial.made.iterdir()))
+    >>> try:
+    ...     with resumable_folder(place, written) as partial:
+    ...         _ = (partial.made / "b").write_text("complete")
+    ...         raise SystemExit  # as a polite kill does
+    ... except SystemExit:
+    ...     place.exists()
+    False
+    >>> with resumable_folder(place, written) as partial:
+    ...     [file.name for file in partial.made.iterdir()]
+    ['b']
+    """
     check_output(path, overwrite=overwrite, folder=True)
-    _remove_stale(path)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-    lock = _lock(partial)
+    partial, lock = _taken_over(path, worth if resume else lambda _: 0) or _fresh(path)
     try:
         yield partial
-        partial.chmod(0o777 & ~_umask())
-        for folder, _, _ in os.walk(partial):
-            _sync_folder(Path(folder))
+        made = partial.made
+        made.chmod(0o777 & ~_umask())
+        for folder, _, _ in os.walk(made):
+            sync_folder(Path(folder))
         check_output(path, overwrite=overwrite, folder=True)
         if path.exists():
             former = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".former", dir=path.parent))
             os.rename(path, former)
             try:
-                os.rename(partial, path)
+                os.rename(made, path)
             except BaseException:
                 os.rename(former, path)
                 raise
             shutil.rmtree(former)
         else:
-            os.rename(partial, path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+            os.rename(made, path)
+    except BaseException as error:
+        if isinstance(error, _FROM_OUTSIDE) and _worth(partial, worth):
+            os.close(lock)
+        else:
+            _remove(partial.place, lock)
         raise
+    _remove(partial.place, lock)
+    sync_folder(path.parent)
+
+
+@contextmanager
+def joined_folder(place: Path) -> Iterator[Partial]:
+    """Yield the partial folder that another process makes: nobody takes it over while this one lives, either.
+
+    Raises:
+        StoppedError: That process is gone, and somebody else has the folder.
+    """
+    lock = _open_lock(place)
+    try:
+        with suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                refuse(str(place), "be made by this job alone", "a lock on it", "Start again.", StoppedError)
+        yield Partial(place)
     finally:
         os.close(lock)
-    _sync_folder(path.parent)
 
 
-def _remove_stale(path: Path) -> None:
-    """Remove what killed processes left of this output; where the file system has no locks, nothing."""
+def partials(path: Path) -> list[Path]:
+    """What runs that go on or were stopped have of an output.
+
+    >>> partials(Path(tempfile.mkdtemp()) / "a")
+    []
+    """
     pattern = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}\.partial")  # as tempfile names it
-    for place in [place for place in path.parent.iterdir() if pattern.fullmatch(place.name)]:
-        with suppress(OSError):  # locked, gone, somebody else's, a link
-            lock = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(place) if place.is_dir() else place.unlink()
-            finally:
-                os.close(lock)
+    places = path.parent.iterdir() if path.parent.is_dir() else ()
+    return sorted(place for place in places if pattern.fullmatch(place.name))
 
 
-def _lock(partial: Path) -> int:
-    """A descriptor that locks what was just made, until it is closed."""
-    lock = os.open(partial, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    with suppress(OSError):
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    return lock
+@contextmanager
+def new_descriptor(path: Path, *, may_exist: bool = False) -> Iterator[int]:
+    """Open a file that must not exist, unless it may, following no link; sync it on leaving."""
+    exclusive = 0 if may_exist else os.O_EXCL
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | exclusive | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        yield descriptor
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
+    """Make what was made, renamed or removed in a folder outlive a loss of power."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _fresh(path: Path) -> tuple[Partial, int]:
+    partial = Partial(Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)))
+    lock = _open_lock(partial.place)
+    with suppress(OSError):  # a file system without locks
+        fcntl.flock(lock, fcntl.LOCK_SH)  # shared with the ranks
+    partial.made.mkdir()
+    partial.aside.mkdir()
+    return partial, lock
+
+
+def _taken_over(path: Path, worth: Callable[[Partial], int]) -> tuple[Partial, int] | None:
+    """The partial folder of most worth with its lock, if any is worth something; the others are removed."""
+    found = [(_worth(Partial(place), worth), place, lock) for place, lock in _stale(path)]
+    most, best, kept = max(found, key=lambda row: row[0], default=(0, path, -1))
+    for _, place, lock in found:
+        if place != best or not most:
+            _remove(place, lock)
+    if not most:
+        return None
+    try:
+        fcntl.flock(kept, fcntl.LOCK_SH | fcntl.LOCK_NB)  # not in one step: another process may be faster
+    except BlockingIOError:
+        os.close(kept)
+        return None
+    return Partial(best), kept
+
+
+def _worth(partial: Partial, worth: Callable[[Partial], int]) -> int:
+    """What a job says of a folder; 0 where strangers may have written."""
+    try:
+        status = [os.lstat(folder) for folder in (partial.place, partial.made, partial.aside)]
+    except OSError:
+        return 0
+    ours = all(stat.S_ISDIR(one.st_mode) and one.st_uid == os.geteuid() for one in status)
+    return worth(partial) if ours and not status[0].st_mode & 0o022 else 0
+
+
+def _stale(path: Path) -> Iterator[tuple[Path, int]]:
+    """What stopped processes left of this output, each with a lock on it; where the file system has no locks, none."""
+    for place in partials(path):
+        try:
+            lock = _open_lock(place)
+        except OSError:  # gone, somebody else's, a link
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # its makers live
+            os.close(lock)
+            continue
+        yield place, lock
+
+
+def _open_lock(place: Path) -> int:
+    """What carries the lock of a partial file or folder, open for writing, without which some systems lock nothing."""
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    if not stat.S_ISDIR(os.lstat(place).st_mode):
+        return os.open(place, flags)
+    folder = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        return os.open(_LOCK, flags | os.O_CREAT, 0o600, dir_fd=folder)
+    finally:
+        os.close(folder)
+
+
+def _remove(place: Path, lock: int) -> None:
+    """Remove a partial file or folder: all but the lock while it is held, so that nobody takes over what is going."""
+    with suppress(OSError):
+        if place.is_dir():
+            for inner in place.iterdir():
+                if inner.is_dir() and not inner.is_symlink():
+                    shutil.rmtree(inner, ignore_errors=True)
+                elif inner.name != _LOCK:
+                    inner.unlink()
+        else:
+            place.unlink()
+    os.close(lock)
+    shutil.rmtree(place, ignore_errors=True)
 
 
 def _umask() -> int:

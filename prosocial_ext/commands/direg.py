@@ -19,8 +19,8 @@ from typing import Any, NoReturn
 import torch
 
 from prosocial_ext.checkpoints.checkpoint import Checkpoint
-from prosocial_ext.checkpoints.errors import shown
-from prosocial_ext.checkpoints.outputs import check_output, check_outside
+from prosocial_ext.checkpoints.errors import StoppedError, shown
+from prosocial_ext.checkpoints.outputs import check_output, check_outside, partials
 from prosocial_ext.commands import UserError, direg_importance, direg_sweep
 from prosocial_ext.direg import SAFETY_ARITHMETIC_DENSITY, CheckpointError, HarmVector
 from prosocial_ext.direg.adapter import Adapter, open_side
@@ -39,6 +39,7 @@ from prosocial_ext.direg.harm_stats import LOW_ENERGY_SHARE
 from prosocial_ext.direg.low_rank import plan_ranks, reads
 from prosocial_ext.direg.pairing import SCOPES, Pairs, pair_side
 from prosocial_ext.direg.ranks import torchrun_ranks
+from prosocial_ext.direg.resume import Resumed
 from prosocial_ext.direg.rounding import ROUNDINGS
 from prosocial_ext.direg.rules import RULES, choose_rule, default_density
 
@@ -113,6 +114,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         writing.add_argument("--overwrite", action="store_true", help="replace an output that exists")
         writing.add_argument("--dry-run", action="store_true", help="check and tell, write nothing")
         writing.add_argument("--quiet", action="store_true", help="no progress bar")
+    for resuming in (apply, revert):
+        resuming.add_argument(
+            "--fresh", action="store_true", help="begin anew where a stopped run could be gone on with"
+        )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -126,7 +131,12 @@ def run(arguments: argparse.Namespace) -> int:
                 status: int = arguments.function(arguments)
                 return status
     except (CheckpointError, OSError) as error:
-        raise UserError(str(error)) from error
+        stopped = isinstance(error, (OSError, StoppedError))
+        raise UserError(f"{error} {_kept(arguments)}".rstrip() if stopped else str(error)) from error
+    except SystemExit:  # a polite kill
+        if kept := _kept(arguments):
+            print(kept, file=sys.stderr)
+        raise
 
 
 def _extract(arguments: argparse.Namespace) -> int:
@@ -155,12 +165,12 @@ def _extract(arguments: argparse.Namespace) -> int:
                 _print_adapter(side, base)
         if arguments.dry_run:
             return 0
-        with _progress(size // arguments.ranks.size, "extract", arguments.quiet or arguments.ranks.rank) as progress:
+        with _progress(size // arguments.ranks.size, "extract", arguments.quiet or arguments.ranks.rank) as bar:
             vector = HarmVector.from_checkpoints(
                 base, harm, density=density, m=arguments.m, scope=arguments.scope, include=arguments.include,
                 exclude=arguments.exclude, importance=arguments.importance, rule=arguments.rule, seed=arguments.seed,
                 **controls, out=arguments.out, values=arguments.values, overwrite=arguments.overwrite,
-                memory=arguments.memory * _MIB, progress=progress, ranks=arguments.ranks,
+                memory=arguments.memory * _MIB, progress=bar.update, ranks=arguments.ranks,
             )  # fmt: skip
     share, effect = vector.recipe["energy_share"], vector.recipe.get("first_order_share")
     per_entry = vector.file_bytes / max(vector.entries, 1)
@@ -209,12 +219,12 @@ def _apply(arguments: argparse.Namespace) -> int:
         if arguments.dry_run:
             return 0
         size = sum(file.size for file in model.files.values())
-        with _progress(size // arguments.ranks.size, "apply", arguments.quiet or arguments.ranks.rank) as progress:
+        with _progress(size // arguments.ranks.size, "apply", arguments.quiet or arguments.ranks.rank) as bar:
             done = apply_vector(
                 model, vector, arguments.out, scale=arguments.scale, undo=arguments.undo, dtype=dtype,
                 rounding=arguments.rounding, seed=arguments.seed,
-                overwrite=arguments.overwrite, memory=arguments.memory * _MIB, progress=progress,
-                ranks=arguments.ranks,
+                overwrite=arguments.overwrite, resume=not arguments.fresh, memory=arguments.memory * _MIB,
+                progress=bar.update, resumed=_goes_on(bar, arguments.ranks.size), ranks=arguments.ranks,
             )  # fmt: skip
     threshold = "none" if math.isinf(done.threshold) else f"{done.threshold:.2e}"
     print(
@@ -234,10 +244,10 @@ def _revert(arguments: argparse.Namespace) -> int:
         print(f"will write {_bytes(size)} to {arguments.out}")
         if arguments.dry_run:
             return 0
-        with _progress(size, "revert", arguments.quiet) as progress:
+        with _progress(size, "revert", arguments.quiet) as bar:
             restored = revert_checkpoint(
                 model, arguments.out, record=arguments.record, overwrite=arguments.overwrite,
-                memory=arguments.memory * _MIB, progress=progress,
+                resume=not arguments.fresh, memory=arguments.memory * _MIB, progress=bar.update, resumed=_goes_on(bar),
             )  # fmt: skip
     print(f"restored {restored:,} entries: {arguments.out}")
     return 0
@@ -340,12 +350,29 @@ def _bytes(size: int) -> str:
 
 
 @contextmanager
-def _progress(total: int, title: str, quiet: bool) -> Iterator[Callable[[int], Any]]:
+def _progress(total: int, title: str, quiet: bool) -> Iterator[Any]:
     from tqdm import tqdm
 
     disable = True if quiet else None  # None: where nobody looks
     with tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=disable, leave=False) as bar:
-        yield bar.update
+        yield bar
+
+
+def _goes_on(bar: Any, ranks: int = 1) -> Resumed:
+    """Says what is taken over from a stopped run, and leaves it out of the bar."""
+
+    def tell(files: int, of: int, size: int) -> None:
+        bar.total -= size // ranks
+        bar.write(f"goes on after {files} of {of} shards of a stopped run (--fresh begins anew)")
+
+    return tell
+
+
+def _kept(arguments: argparse.Namespace) -> str:
+    """What a run that was stopped has left for the next one."""
+    if arguments.function not in (_apply, _revert) or not (left := partials(arguments.out)):
+        return ""
+    return f"What is complete is kept in {left[0]}: the same command goes on from there, or begins anew with --fresh."
 
 
 # ---- arguments

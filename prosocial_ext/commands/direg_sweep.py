@@ -39,10 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "there is gone on with")  # fmt: skip
     parser.add_argument("--device", default="cpu", help="of the live model: cpu, cuda, ... (%(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="check and tell, measure nothing")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure the cells that are not in the table yet."""
+    from tqdm import tqdm
+
     vector = HarmVector.load(arguments.harm_vector)
     try:
         cells = plan_cells(vector, arguments.densities, arguments.scales)
@@ -70,11 +73,13 @@ def run(arguments: argparse.Namespace) -> int:
         out.mkdir(exist_ok=True)
         if not (out / _RECIPE).exists():
             write_json(out / _RECIPE, facts)
-        if evaluate is None:
-            assert command is not None
-            sweep_checkpoint(checkpoint, vector, cells, command, table, memory=DEFAULT_MEMORY)
-        elif done < len(cells):
-            _live(checkpoint.folder, arguments.device, vector, cells, evaluate, table)
+        disable = True if arguments.quiet else None  # None: where nobody looks
+        with tqdm(total=len(cells), initial=done, desc="sweep", unit="cell", disable=disable, leave=False) as bar:
+            if evaluate is None:
+                assert command is not None
+                sweep_checkpoint(checkpoint, vector, cells, command, table, memory=DEFAULT_MEMORY, progress=bar.update)
+            elif done < len(cells):
+                _live(checkpoint.folder, arguments.device, vector, cells, evaluate, table, bar.update)
     _print(table)
     _report(table, out / _REPORT)
     return 0
@@ -106,7 +111,7 @@ def _evaluation(arguments: argparse.Namespace, folder: Path) -> tuple[Callable[[
 
 
 def _live(folder: Path, device: str, vector: HarmVector, cells: list[Cell], evaluate: Callable[[Any, Any], Any],
-          table: SweepTable) -> None:  # fmt: skip
+          table: SweepTable, progress: Callable[[int], object]) -> None:  # fmt: skip
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from prosocial_ext.quiet import quiet_transformers
@@ -118,7 +123,7 @@ def _live(folder: Path, device: str, vector: HarmVector, cells: list[Cell], eval
         except (OSError, ValueError):
             print("note: the model has no tokenizer, the function is given None")
             tokenizer = None
-    sweep_model(model, tokenizer, vector, cells, _told(evaluate, table), table)
+    sweep_model(model, tokenizer, vector, cells, _told(evaluate, table), table, progress=progress)
 
 
 def _told(evaluate: Callable[[Any, Any], Any], table: SweepTable) -> Callable[[Any, Any], Any]:

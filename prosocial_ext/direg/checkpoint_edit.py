@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor
 from prosocial_ext import _C
 from prosocial_ext.checkpoints.checkpoint import Checkpoint
 from prosocial_ext.checkpoints.errors import listed, refuse, shown
-from prosocial_ext.checkpoints.outputs import check_output, check_outside, new_folder
+from prosocial_ext.checkpoints.outputs import check_output, check_outside, new_descriptor
 from prosocial_ext.checkpoints.raw_io import write_all
 from prosocial_ext.checkpoints.readers import word_sum
 from prosocial_ext.checkpoints.safetensors_file import DTYPES, WORDS, SafetensorsFile
@@ -25,16 +24,18 @@ from prosocial_ext.direg.extract import DEFAULT_MEMORY, Progress, chunk_elements
 from prosocial_ext.direg.harm_vector import HarmVector
 from prosocial_ext.direg.live import fits
 from prosocial_ext.direg.outline import Outline, original, recorded, same, widened
-from prosocial_ext.direg.ranks import ALONE, Ranks, append_part
-from prosocial_ext.direg.rewrite import RECORDS, Cursor, converted, new_descriptor, rewrite, write_json
+from prosocial_ext.direg.ranks import ALONE, Ranks
+from prosocial_ext.direg.resume import Resumed, job_of, working_folder
+from prosocial_ext.direg.rewrite import RECORDS, Cursor, carry, converted, rewrite, write_json
 from prosocial_ext.direg.rounding import Rounding
 from prosocial_ext.direg.sparse_file import Measure, SparseReader, SparseWriter
+from prosocial_ext.direg.tally import Tally
+from prosocial_ext.direg.undo_record import UNDO, join
 from prosocial_ext.ops._stream import Buffers, subtract_
 from prosocial_ext.reference.topm import check_scale
 
 __all__ = ["UNDO", "CheckpointEdit", "apply_vector", "check_place", "plan_edit", "revert_checkpoint"]
 
-UNDO = f"{RECORDS}/undo.safetensors"
 RECIPE = f"{RECORDS}/recipe.json"
 
 
@@ -103,14 +104,21 @@ def apply_vector(
     rounding: str = "nearest",
     seed: int = 0,
     overwrite: bool = False,
+    resume: bool = True,
     memory: int = DEFAULT_MEMORY,
     progress: Progress = lambda _: None,
+    resumed: Resumed = lambda files, of, size: None,
     ranks: Ranks = ALONE,
 ) -> CheckpointEdit:
     """Write ``model - scale * vector`` to the new folder ``out``; the bits are those of the edit in memory.
 
     Sharding, dtypes, headers and index stay as they are; config, tokenizer and texts come along, code does not. A card,
     README.md, tells what was done; the base's becomes README.base.md. The folder appears when it is complete.
+
+    Where a run was stopped (killed, or by SIGTERM, a full disk, another rank's end), the same call, on any number of
+    ranks, goes on after the weight files that it had completed, and writes the same bytes. It is the same if everything
+    is that they depend on: the model's and the vector's files, as size, time of change and header tell; scale, dtype,
+    rounding, seed, undo; the versions of this package and of torch. Any other call begins afresh.
 
     What rounding to 16 bits would lose of a small dose can be kept: all of it by ``dtype=torch.float32`` (the bits of
     the edit of a float32 copy, headers, index and config rewritten to match), or its mean by ``rounding="stochastic"``.
@@ -125,8 +133,11 @@ def apply_vector(
         rounding: Of edited 16-bit entries: "nearest", or "stochastic": up or down, by chance, so that the mean stays.
         seed: Of that chance, which hangs on seed, tensor name and position alone.
         overwrite: A folder that is there is replaced once the new one is complete.
+        resume: Go on with what a stopped run left; without, that is removed.
         memory: Bytes for buffers.
         progress: Called with the number of bytes just read of the model.
+        resumed: Called, if a stopped run is gone on with, with the number of weight files taken over, of how many, and
+            their bytes, which are not read again.
         ranks: Of a torchrun (`prosocial_ext.direg.ranks`): they share the shards, and write the one-rank folder.
 
     Raises:
@@ -137,22 +148,28 @@ def apply_vector(
     with _opened(model) as checkpoint:
         planned = plan_edit(checkpoint, vector, dtype)
         check_place(Path(out), checkpoint, overwrite)
-        with contextlib.ExitStack() as stack:
+        outline = _outline(checkpoint, dtype)
+        before = {} if dtype is None else {"original": original(checkpoint, outline)}
+        job = job_of("apply", checkpoint, vector=vector.identity(), recipe=vector.recipe, scale=scale, undo=undo,
+                     **write.describe(), **before)  # fmt: skip
+        with working_folder(
+            Path(out), job, checkpoint, outline, overwrite=overwrite, resume=resume, resumed=resumed, ranks=ranks
+        ) as work:
+            edit = _Subtraction(checkpoint, vector, scale, write, work.parts if undo else None)
+            rewrite(checkpoint, work.share(checkpoint, ranks), work.made, edit, chunk, progress, outline,
+                    lambda name: work.complete(name, vars(edit.found)))  # fmt: skip
+            work.gather(ranks)
+            found = Tally.total(work.notes[name]["found"] for name in checkpoint.files)
+            done = edit.result(planned, found)
             if ranks.rank == 0:
-                folder = stack.enter_context(new_folder(Path(out), overwrite=overwrite))
-                (folder / RECORDS).mkdir()
-            folder = Path(ranks.gather(str(folder) if ranks.rank == 0 else "")[0])
-            outline = _outline(checkpoint, dtype)
-            edit = _Subtraction(checkpoint, vector, scale, write)
-            if undo:
-                before = {} if dtype is None else {"original": original(checkpoint, outline)}
-                record = folder / UNDO if ranks.rank == 0 else folder / f"{UNDO}.{ranks.rank}"
-                edit.record(stack.enter_context(new_descriptor(record)), before)
-            rewrite(checkpoint, folder, edit, chunk, progress, outline, ranks)
-            edit.share(ranks)
-            edit.finish([folder / f"{UNDO}.{rank}" for rank in range(1, ranks.size)], ranks)
-            done = edit.result(planned)
-            if ranks.rank == 0:
+                if undo:
+                    record = {
+                        "prosocial_ext": _C.version, "card": True, **before,
+                        "edited_fingerprint": edit.fingerprint(found),
+                    }  # fmt: skip
+                    parts = [(work.parts / name, work.notes[name]["part"]) for name in checkpoint.files]
+                    join(parts, work.made / UNDO, record)
+                carry(checkpoint, work.made, outline)
                 recipe = {
                     "operation": "theta - scale * harm_vector", "scale": scale, "prosocial_ext": _C.version,
                     "torch": str(torch.__version__),
@@ -162,11 +179,10 @@ def apply_vector(
                     "edited_in_vocabulary": in_vocabulary(vector.tensors),
                     **write.describe(),
                 }  # fmt: skip
-                write_json(folder / RECIPE, recipe)
-                with new_descriptor(folder / CARD) as descriptor:
-                    card = edit_card(recipe, base_card=(folder / BASE_CARD).exists())
+                write_json(work.made / RECIPE, recipe)
+                with new_descriptor(work.made / CARD) as descriptor:
+                    card = edit_card(recipe, base_card=(work.made / BASE_CARD).exists())
                     write_all(descriptor, 0, card.encode())
-        ranks.gather(None)  # the folder is there
     return done
 
 
@@ -176,18 +192,24 @@ def revert_checkpoint(
     *,
     record: str | Path | None = None,
     overwrite: bool = False,
+    resume: bool = True,
     memory: int = DEFAULT_MEMORY,
     progress: Progress = lambda _: None,
+    resumed: Resumed = lambda files, of, size: None,
 ) -> int:
     """Write the checkpoint that ``model`` was made from to the new folder ``out``, bit by bit.
+
+    A stopped run is gone on with as by `apply_vector`.
 
     Args:
         model: A folder that `apply_vector` wrote with ``undo=True``.
         out: The folder to make.
         record: The undo record, if it does not lie in ``model``.
         overwrite: As for `apply_vector`.
+        resume: As for `apply_vector`.
         memory: As for `apply_vector`.
         progress: As for `apply_vector`.
+        resumed: As for `apply_vector`.
 
     Returns:
         The number of entries restored.
@@ -205,10 +227,17 @@ def revert_checkpoint(
             outline = recorded(checkpoint, undo.recipe, str(place))
             edit = _Restoration(checkpoint, undo, outline)
             check_place(Path(out), checkpoint, overwrite)
-            with new_folder(Path(out), overwrite=overwrite) as folder:
-                rewrite(checkpoint, folder, edit, chunk, progress, outline)
-                edit.finish()
-    return edit.restored
+            job = job_of("revert", checkpoint, record=file.identity())
+            with working_folder(
+                Path(out), job, checkpoint, outline, overwrite=overwrite, resume=resume, resumed=resumed
+            ) as work:
+                rewrite(checkpoint, work.share(checkpoint, ALONE), work.made, edit, chunk, progress, outline,
+                        lambda name: work.complete(name, {"restored": edit.restored, "read": edit.read}))  # fmt: skip
+                found = [note["found"] for note in work.notes.values()]
+                edit.check(found)
+                carry(checkpoint, work.made, outline)
+                (work.made / RECORDS).rmdir()  # there is no record of a record
+    return sum(file["restored"] for file in found)
 
 
 def _opened(model: str | Path | Checkpoint) -> contextlib.AbstractContextManager[Checkpoint]:
@@ -240,25 +269,33 @@ def _targets(checkpoint: Checkpoint, vector: HarmVector) -> dict[str, str]:
 
 
 class _Subtraction:
-    """Subtracts chunk by chunk, counts, and writes the undo record along."""
+    """Subtracts chunk by chunk, counts, and writes a part of the undo record along with each weight file.
 
-    def __init__(self, checkpoint: Checkpoint, vector: HarmVector, scale: float, rounding: Rounding) -> None:
+    ``found``: in the weight file begun last.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, vector: HarmVector, scale: float, rounding: Rounding, parts: Path | None
+    ) -> None:
         self._checkpoint, self._vector, self._scale, self._rounding = checkpoint, vector, scale, rounding
-        self._targets = _targets(checkpoint, vector)
+        self._targets, self._parts = _targets(checkpoint, vector), parts
         self._undo: SparseWriter | None = None
-        self._counts: Counter[str] = Counter()
-        self._requested = defaultdict[str, float](float)  # squares, per tensor: their sum must not depend on the order
-        self._effective = defaultdict[str, float](float)
         self._buffers = Buffers()
-        self._threshold = math.inf
-        self._compared: Counter[str] = Counter()  # word sums of what the vector's fingerprint covers
-        self._written: Counter[str] = Counter()
+        self.found = Tally()
 
-    def record(self, descriptor: int, before: Mapping[str, Any]) -> None:
-        """Write what is overwritten to this file, and what was ``before``."""
-        shapes = {name: self._checkpoint.entry(name).shape for name in self._targets}
-        self._record = {"prosocial_ext": _C.version, "card": True, **before}
-        self._undo = SparseWriter(descriptor, "undo", shapes, self._record)
+    @contextlib.contextmanager
+    def file(self, name: str) -> Iterator[None]:
+        """Begin a weight file, and complete its part of the record."""
+        self.found = Tally()
+        if self._parts is None:
+            yield
+            return
+        entries = self._checkpoint.files[name].entries
+        shapes = {tensor: entry.shape for tensor, entry in entries.items() if tensor in self._targets}
+        with new_descriptor(self._parts / name) as descriptor:
+            self._undo = SparseWriter(descriptor, "undo", shapes, {})
+            yield
+            self._undo.finish({})
 
     def wants(self, name: str) -> bool:
         """Begin a tensor."""
@@ -273,14 +310,14 @@ class _Subtraction:
             self._undo.begin(name, entry.shape, entry.numel, DTYPES[entry.dtype], measure)
         if entry.numel < self._vector.tensors[source].numel and name == source:
             stored = (positions >= entry.numel for positions, _ in self._vector.blocks(source))
-            self._counts["skipped"] += sum(int(beyond.sum()) for beyond in stored)
+            self.found.skipped += sum(int(beyond.sum()) for beyond in stored)
         return True
 
     def edit_(self, name: str, start: int, elements: Tensor) -> Tensor:
         """Subtract at the chunk's entries."""
-        source = self._targets[name]
+        source, found = self._targets[name], self.found
         compared = max(0, self._vector.tensors[source].numel - start)
-        self._compared[name] += word_sum(elements[:compared])
+        _add(found.compared, name, word_sum(elements[:compared]))
         written = elements
         until, plain = start + len(elements), self._rounding.is_plain
         for positions, values in self._cursor.take(until) if plain else [self._cursor.take_whole(until)]:
@@ -291,75 +328,53 @@ class _Subtraction:
             if self._undo is not None:
                 self._undo.append(positions, done.before)
             if name == source:  # a tied head counts with its embedding
-                self._counts.update(edited=len(positions), unchanged=done.unchanged)
-                self._requested[name] += done.requested
-                self._effective[name] += done.effective
-                self._threshold = min(self._threshold, done.smallest)
-        self._written[name] += word_sum(written)
+                found.edited += len(positions)
+                found.unchanged += done.unchanged
+                found.requested[name] = found.requested.get(name, 0.0) + done.requested
+                found.effective[name] = found.effective.get(name, 0.0) + done.effective
+                found.threshold = min(found.threshold, done.smallest)
+        _add(found.written, name, word_sum(written))
         return written
 
-    def share(self, ranks: Ranks) -> None:
-        """Add what the other ranks have found: integers, and floats of tensors that only one rank has."""
-        own: list[dict[str, Any]] = [self._requested, self._effective, self._compared, self._written]
-        parts = ranks.gather((self._counts, own, self._threshold))
-        self._counts = sum((counts for counts, _, _ in parts), Counter())
-        self._threshold = min(threshold for _, _, threshold in parts)
-        for _, tables, _ in parts:
-            for table, found in zip(own, tables, strict=True):
-                for name, value in found.items():
-                    table[name] = value
-
-    def finish(self, parts: Sequence[Path] = (), ranks: Ranks = ALONE) -> None:
-        """Complete the record; the first rank joins the parts of the others, which come after its own."""
-        if self._undo is None:
-            return
-        if ranks.rank:
-            self._undo.finish(self._record)
-        ranks.gather(None)
-        if ranks.rank == 0:
-            for path in parts:
-                with SafetensorsFile(path) as file:
-                    append_part(self._undo, SparseReader(file, "undo"))
-                path.unlink()
-            self._undo.finish({**self._record, "edited_fingerprint": self._fingerprint(self._written)})
-
-    def result(self, planned: CheckpointEdit) -> CheckpointEdit:
-        """What was done."""
-        tensors = self._vector.tensors
+    def result(self, planned: CheckpointEdit, found: Tally) -> CheckpointEdit:
+        """What was done in all."""
+        tensors, entry = self._vector.tensors, self._checkpoint.entry
         compared = fingerprint(
-            (name, str(self._dtype(name)), (min(tensor.numel, self._checkpoint.entry(name).numel),),
-             self._compared[name] % 2**64)
+            (name, str(self._dtype(name)), (min(tensor.numel, entry(name).numel),), found.compared.get(name, 0))
             for name, tensor in tensors.items()
-        )  # fmt: skip
+        )
         return CheckpointEdit(
-            edited=self._counts["edited"],
+            edited=found.edited,
             entries=planned.entries,
             bytes=planned.bytes,
             left_alone=planned.left_alone,
-            unchanged=self._counts["unchanged"],
-            skipped=self._counts["skipped"],
-            threshold=self._threshold,
-            requested_norm=math.sqrt(math.fsum(self._requested.values())),
-            effective_norm=math.sqrt(math.fsum(self._effective.values())),
+            unchanged=found.unchanged,
+            skipped=found.skipped,
+            threshold=found.threshold,
+            requested_norm=math.sqrt(math.fsum(found.requested.values())),
+            effective_norm=math.sqrt(math.fsum(found.effective.values())),
             is_base=compared == self._vector.recipe.get("base_fingerprint"),
         )
+
+    def fingerprint(self, found: Tally) -> str:
+        """Of what was written."""
+        entry, written = self._checkpoint.entry, self._rounding.written
+        sums = found.written
+        return fingerprint((n, str(written(self._dtype(n))), entry(n).shape, sums.get(n, 0)) for n in self._targets)
 
     def _dtype(self, name: str) -> torch.dtype:
         return DTYPES[self._checkpoint.entry(name).dtype]
 
-    def _fingerprint(self, sums: Counter[str]) -> str:
-        entry = self._checkpoint.entry
-        written = self._rounding.written
-        return fingerprint((n, str(written(self._dtype(n))), entry(n).shape, sums[n] % 2**64) for n in self._targets)
-
 
 class _Restoration:
-    """Puts the originals back and makes sure that the checkpoint is the edited one."""
+    """Puts the originals back and makes sure that the checkpoint is the edited one.
+
+    ``restored`` entries and word sums of what was ``read``: of the weight file begun last.
+    """
 
     def __init__(self, checkpoint: Checkpoint, record: SparseReader, outline: Outline) -> None:
         self._checkpoint, self._record = checkpoint, record
-        self.restored = 0
-        self._read: Counter[str] = Counter()
+        self.restored, self.read = 0, dict[str, int]()
         originals = {name: entry for file in outline.headers for name, entry in outline.entries(file).items()}
         for name, tensor in record.tensors.items():
             found = originals.get(name)
@@ -368,6 +383,12 @@ class _Restoration:
                 stated = "none" if found is None else f"{found.dtype} {list(found.shape)}"
                 what = f"tensor {shown(name)} of {checkpoint.folder}"
                 refuse(what, f"be {expected[0]} {list(expected[1])} as recorded", stated, "Take the edit's own record.")
+
+    @contextlib.contextmanager
+    def file(self, name: str) -> Iterator[None]:
+        """Begin a weight file."""
+        self.restored, self.read = 0, {}
+        yield
 
     def wants(self, name: str) -> bool:
         """Begin a tensor."""
@@ -378,19 +399,23 @@ class _Restoration:
 
     def edit_(self, name: str, start: int, elements: Tensor) -> Tensor:
         """Put the chunk's originals back."""
-        self._read[name] += word_sum(elements)
+        _add(self.read, name, word_sum(elements))
         for positions, values in self._cursor.take(start + len(elements)):
             elements[positions - start] = converted(values, elements.dtype, name)
             self.restored += len(positions)
         return elements
 
-    def finish(self) -> None:
-        """Raise unless what was read is what the edit wrote."""
-        entry = self._checkpoint.entry
-        found = fingerprint(
-            (name, str(DTYPES[entry(name).dtype]), entry(name).shape, self._read[name] % 2**64)
-            for name in self._record.tensors
-        )
-        if found != self._record.recipe.get("edited_fingerprint"):
+    def check(self, files: Iterable[Mapping[str, Any]]) -> None:
+        """Raise unless what was read of all files is what the edit wrote."""
+        entry, sums = self._checkpoint.entry, dict[str, int]()
+        for found in files:
+            sums |= found["read"]
+        names = self._record.tensors
+        read = fingerprint((n, str(DTYPES[entry(n).dtype]), entry(n).shape, sums.get(n, 0)) for n in names)
+        if read != self._record.recipe.get("edited_fingerprint"):
             rule = "be what the edit wrote, bit by bit"
             refuse(str(self._checkpoint.folder), rule, "other weights", "Take the undo record of this very folder.")
+
+
+def _add(sums: dict[str, int], name: str, words: int) -> None:
+    sums[name] = (sums.get(name, 0) + words) % 2**64

@@ -24,12 +24,11 @@ from torch.utils.checkpoint import checkpoint as computed_again
 from prosocial_ext import _C, ops
 from prosocial_ext.checkpoints.checkpoint import SINGLE, Checkpoint
 from prosocial_ext.checkpoints.errors import listed, refuse, shown
-from prosocial_ext.checkpoints.outputs import check_output, check_outside, new_folder
+from prosocial_ext.checkpoints.outputs import check_output, check_outside, new_descriptor, new_folder
 from prosocial_ext.checkpoints.safetensors_writer import SafetensorsWriter
 from prosocial_ext.direg.harmful_pairs import IGNORED, EncodedPair, encode_pairs, right_padded
 from prosocial_ext.direg.importance import gradient_importance
 from prosocial_ext.direg.pairing import pair_checkpoints
-from prosocial_ext.direg.rewrite import new_descriptor
 from prosocial_ext.reference import check
 
 __all__ = ["GRAD_AT", "HarmGradient", "harm_gradient", "move_halfway_", "recomputing", "response_loss"]

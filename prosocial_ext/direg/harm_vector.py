@@ -339,6 +339,11 @@ class HarmVector:
         """The dtype of a tensor's values: float32, of a float64 tensor float64; 16 bits in the file are widened."""
         return torch.float64 if self._reader.dtype(name) == torch.float64 else torch.float32
 
+    def identity(self) -> list[Any]:
+        """What tells this vector, or view, from others, as far as can be told without reading it; as JSON."""
+        cuts = {name: repr(cut) for name, cut in (self._cuts or {}).items()}
+        return [self._reader.file.identity(), cuts, self._factor]
+
     def blocks(self, name: str) -> Iterator[Block]:
         """Yield a tensor's entries as blocks of ascending flat positions (int64) and values.
 

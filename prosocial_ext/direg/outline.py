@@ -43,11 +43,14 @@ class Outline:
         """The tensors of a new file."""
         return parse_header(self.headers[file][LENGTH_BYTES:], None, f"the new {file}").entries
 
+    def size(self, file: str) -> int:
+        """The bytes of a new file."""
+        return len(self.headers[file]) + max((entry.stop for entry in self.entries(file).values()), default=0)
+
     @property
     def bytes(self) -> int:
         """Of all the new weight files."""
-        ends = (max((entry.stop for entry in self.entries(file).values()), default=0) for file in self.headers)
-        return sum(map(len, self.headers.values())) + sum(ends)
+        return sum(map(self.size, self.headers))
 
 
 def same(checkpoint: Checkpoint) -> Outline:

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from prosocial_ext.checkpoints.errors import refuse
+from prosocial_ext.checkpoints.errors import StoppedError, refuse
 from prosocial_ext.direg.sparse_file import Measure, SparseReader, SparseWriter
 
 __all__ = ["ALONE", "Ranks", "append_part", "torchrun_ranks"]
@@ -43,7 +43,7 @@ class Ranks:
         """Add up an integer tensor over the ranks, in place.
 
         Raises:
-            CheckpointError: Another rank has stopped.
+            StoppedError: Another rank has stopped.
         """
         assert not tensor.is_floating_point(), "sums of floats depend on the order"
         if self.size > 1:
@@ -56,7 +56,7 @@ class Ranks:
         """What every rank brought, in their order.
 
         Raises:
-            CheckpointError: Another rank has stopped.
+            StoppedError: Another rank has stopped.
         """
         if self.size == 1:
             return [item]
@@ -112,4 +112,5 @@ def _together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # gloo's word for a closed connection
-        refuse("the ranks", "all get this far", str(error).splitlines()[0], "The rank that stopped says why.")
+        what = str(error).splitlines()[0]
+        refuse("the ranks", "all get this far", what, "The rank that stopped says why.", StoppedError)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -22,14 +22,14 @@ from prosocial_ext.checkpoints.ahead import ahead
 from prosocial_ext.checkpoints.checkpoint import INDEX, SINGLE, Checkpoint
 from prosocial_ext.checkpoints.errors import refuse, shown
 from prosocial_ext.checkpoints.hub import CARRIED
+from prosocial_ext.checkpoints.outputs import new_descriptor
 from prosocial_ext.checkpoints.raw_io import write_all
 from prosocial_ext.checkpoints.safetensors_file import DTYPES
 from prosocial_ext.direg.outline import Outline
-from prosocial_ext.direg.ranks import ALONE, Ranks
 from prosocial_ext.direg.sparse_file import Block
 from prosocial_ext.direg.widths import SIXTEEN, narrow, widen
 
-__all__ = ["RECORDS", "ChunkEdit", "Cursor", "converted", "new_descriptor", "rewrite", "write_json"]
+__all__ = ["RECORDS", "ChunkEdit", "Cursor", "carry", "converted", "rewrite", "write_json"]
 
 RECORDS = "direg"  # the folder of recipe and undo record: loaders that take every *.safetensors do not look there
 _BYTES = 1 << 23
@@ -37,6 +37,9 @@ _BYTES = 1 << 23
 
 class ChunkEdit(Protocol):
     """What is done to the tensors of a checkpoint."""
+
+    def file(self, name: str) -> AbstractContextManager[object]:
+        """Enclose what is done to the tensors of one weight file; a file is never begun twice."""
 
     def wants(self, name: str) -> bool:
         """Whether the tensor is given to `edit_` at all; called once per tensor, before its first chunk."""
@@ -81,21 +84,21 @@ class Cursor:
 
 def rewrite(
     checkpoint: Checkpoint,
+    files: Iterable[str],
     folder: Path,
     edit: ChunkEdit,
     chunk: int,
     progress: Callable[[int], object],
     outline: Outline,
-    ranks: Ranks = ALONE,
+    complete: Callable[[str], object],
 ) -> None:
-    """Write the edited checkpoint into ``folder``, which is new and empty, under the headers of ``outline``.
+    """Write edited weight files into ``folder``, which lacks them, under the headers of ``outline``.
 
-    Each rank writes its share of the shards, the first one the rest.
+    ``complete`` is called with the name of each that is done and synced.
     """
-    names = list(checkpoint.files)
-    for i in ranks.share([file.size for file in checkpoint.files.values()]):
-        name, file = names[i], checkpoint.files[names[i]]
-        with new_descriptor(folder / name) as descriptor:
+    for name in files:
+        file = checkpoint.files[name]
+        with edit.file(name), new_descriptor(folder / name) as descriptor:
             header, entries = outline.headers[name], outline.entries(name)
             write_all(descriptor, 0, header)
             for entry in file.entries.values():
@@ -117,9 +120,12 @@ def rewrite(
                     raw = file.read_bytes(begin, min(file.data_start + entry.stop, begin + _BYTES))
                     write_all(descriptor, begin + shift, raw)
                     progress(raw.nbytes)
-            os.ftruncate(descriptor, len(header) + max((entry.stop for entry in entries.values()), default=0))
-    if ranks.rank:
-        return
+            os.ftruncate(descriptor, outline.size(name))
+        complete(name)
+
+
+def carry(checkpoint: Checkpoint, folder: Path, outline: Outline) -> None:
+    """Write the files that come along beside the weights: settings, texts, the index."""
     for path in carried(checkpoint.folder, [] if SINGLE in checkpoint.files else [INDEX]):
         if (new_name := outline.names.get(path.name, path.name)) is None:
             continue
@@ -168,17 +174,6 @@ def carried(folder: Path, more: Iterable[str] = ()) -> list[Path]:
         and path.is_file()
         and path.resolve().parent in homes
     ]
-
-
-@contextmanager
-def new_descriptor(path: Path) -> Iterator[int]:
-    """Open a file that must not exist, following no link, and sync it on leaving."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    try:
-        yield descriptor
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from prosocial_ext.checkpoints.errors import refuse, shown
 from prosocial_ext.checkpoints.hub import first_line, is_hub_id
-from prosocial_ext.checkpoints.outputs import new_folder
+from prosocial_ext.checkpoints.outputs import new_descriptor, new_folder
 from prosocial_ext.checkpoints.raw_io import write_all
 from prosocial_ext.direg.cards import CARD, in_vocabulary, vector_card
-from prosocial_ext.direg.rewrite import new_descriptor, write_json
+from prosocial_ext.direg.rewrite import write_json
 
 if TYPE_CHECKING:
     from prosocial_ext.direg.harm_vector import HarmVector

@@ -11,8 +11,8 @@ import io
 import math
 import numbers
 import shlex
+import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,6 +54,7 @@ class SweepTable:
     Raises:
         CheckpointError: It is there and no such table.
 
+    >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "sweep.csv"
     >>> SweepTable(path).add(Cell(0.1, 1.0), {"harm_rate": 0.25})
     >>> SweepTable(path).rows
@@ -114,6 +115,8 @@ def sweep_model(
     cells: Sequence[Cell],
     evaluate: Callable[[torch.nn.Module, Any], Any],
     table: SweepTable,
+    *,
+    progress: Callable[[int], object] = lambda _: None,
 ) -> None:
     """Measure the cells that the table lacks on one live model, which is as it was afterwards, to the bit.
 
@@ -124,6 +127,7 @@ def sweep_model(
         cells: Of `plan_cells`.
         evaluate: evaluate(model, tokenizer) returns a dict of numbers; it must leave the weights alone.
         table: Where they go.
+        progress: Called with 1 for each cell measured.
 
     Raises:
         CheckpointError: The model does not fit, or the evaluation returned something else.
@@ -133,6 +137,7 @@ def sweep_model(
         doses = [cell for cell in todo if cell.density == density]
         if density == 0:
             table.add(doses[0], evaluate(model.eval(), tokenizer))
+            progress(1)
             continue
         view = _at(vector, density)
         with view.subtracted_from(model, doses[0].scale):
@@ -140,6 +145,7 @@ def sweep_model(
                 if cell != doses[0]:
                     view.rescale_(model, cell.scale)
                 table.add(cell, evaluate(model.eval(), tokenizer))
+                progress(1)
 
 
 def sweep_checkpoint(
@@ -150,6 +156,7 @@ def sweep_checkpoint(
     table: SweepTable,
     *,
     memory: int = DEFAULT_MEMORY,
+    progress: Callable[[int], object] = lambda _: None,
 ) -> None:
     """Measure the cells that the table lacks by a command, on one written checkpoint at a time.
 
@@ -160,19 +167,24 @@ def sweep_checkpoint(
         command: Of `command_of`. The last line that it prints is a JSON object of numbers.
         table: Where they go; the checkpoints are written beside it.
         memory: As for `apply_vector`.
+        progress: Called with 1 for each cell measured.
 
     Raises:
         CheckpointError: The checkpoint does not fit, the command failed or printed something else.
     """
-    for cell in cells:
-        if cell in table.rows:
-            continue
-        with tempfile.TemporaryDirectory(prefix=".cell-", dir=table.path.parent) as scratch:
-            folder = checkpoint.folder
+    edited = table.path.parent / ".cell"  # of a fixed name: what a killed sweep leaves is gone on with, or overwritten
+    try:
+        for cell in cells:
+            if cell in table.rows:
+                continue
+            folder = edited if cell.density else checkpoint.folder
             if cell.density:
-                folder = Path(scratch) / "model"
-                apply_vector(checkpoint, _at(vector, cell.density), folder, scale=cell.scale, memory=memory)
+                view = _at(vector, cell.density)
+                apply_vector(checkpoint, view, edited, scale=cell.scale, overwrite=True, memory=memory)
             table.add(cell, _run([part.replace(_MODEL, str(folder.resolve())) for part in command]))
+            progress(1)
+    finally:
+        shutil.rmtree(edited, ignore_errors=True)
 
 
 def command_of(text: str) -> list[str] | None:

@@ -2,6 +2,10 @@
 
 import csv
 import json
+import os
+import shutil
+import signal
+import subprocess
 import sys
 import zlib
 from pathlib import Path
@@ -12,10 +16,11 @@ import torch
 from torch import nn
 
 from prosocial_ext import cli
+from prosocial_ext.checkpoints.checkpoint import Checkpoint
 from prosocial_ext.checkpoints.errors import CheckpointError
 from prosocial_ext.direg import HarmVector
 from prosocial_ext.direg.checkpoint_edit import apply_vector
-from prosocial_ext.direg.sweep import Cell, SweepTable, plan_cells, sweep_model
+from prosocial_ext.direg.sweep import Cell, SweepTable, plan_cells, sweep_checkpoint, sweep_model
 from tests.asserts import assert_same_bits
 from tests.direg.files import folder_bytes, folder_state, model, parameters, tuned
 
@@ -130,6 +135,48 @@ def test_a_command_is_given_what_apply_writes(made: Path) -> None:
     assert [row["sum"] for row in found.values()] == expected
     assert folder_bytes(made / "base") == before
     assert not list((made / "out").glob(".*"))
+
+
+def test_a_sweep_by_command_goes_on_after_a_kill_and_tidies_up(made: Path) -> None:
+    arguments = sweep(f"{sys.executable} program.py {{model}}")
+    assert cli.main(arguments) == 0
+    expected = table(made / "out" / "sweep.csv")
+    shutil.rmtree(made / "out")
+    program = (made / "program.py").read_text()
+    rows = "len(open('out/sweep.csv').readlines())"
+    (made / "program.py").write_text(
+        f"import os\nif os.path.exists('out/sweep.csv') and {rows} == 3:\n    os.kill(os.getppid(), 9)\n{program}"
+    )
+    command = [sys.executable, "-m", "prosocial_ext.cli", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    assert subprocess.run(command, env=environment, capture_output=True, timeout=120).returncode == -signal.SIGKILL
+    assert list(table(made / "out" / "sweep.csv")) == CELLS[:2]
+    assert [path.name for path in (made / "out").glob(".*")] == [".cell"]
+    (made / "program.py").write_text(program)
+    assert cli.main(arguments) == 0
+    assert table(made / "out" / "sweep.csv") == expected
+    assert not list((made / "out").glob(".*"))
+
+
+def test_progress_counts_the_cells_that_are_measured(made: Path) -> None:
+    vector = HarmVector.load(made / "v.safetensors")
+    cells, seen = plan_cells(vector, [0.01, 0.1], [0.5, 2.0]), list[int]()
+    found = SweepTable(made / "one.csv")
+    found.add(cells[0], {"n": 0.0})
+    sweep_model(model("llama", 0), None, vector, cells, lambda *_: {"n": 1.0}, found, progress=seen.append)
+    assert seen == [1] * 4
+    command = [sys.executable, "program.py", "{model}"]
+    with Checkpoint(made / "base") as base:
+        sweep_checkpoint(base, vector, cells[:2], command, SweepTable(made / "two.csv"), progress=seen.append)
+    assert seen == [1] * 6
+
+
+def test_quiet_shows_no_bar(made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert cli.main(sweep("measure_doses:norms")) == 0
+    assert "sweep:" in capsys.readouterr().err
+    assert cli.main([*sweep("measure_doses:norms", "other"), "--quiet"]) == 0
+    assert "sweep:" not in capsys.readouterr().err
 
 
 def test_the_report_shows_harm_and_over_refusal_against_utility(made: Path) -> None:

@@ -1,0 +1,161 @@
+"""The folder that an edit writes, gone on with where a stopped run of the same edit has left it.
+
+A weight file is taken over if the journal of the same job vouches for it, which it does once the file is on the disk,
+and if it is a regular file of the right size; of all others nothing is believed, and nothing kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prosocial_ext import _C
+from prosocial_ext.checkpoints.checkpoint import Checkpoint
+from prosocial_ext.checkpoints.journal import Journal
+from prosocial_ext.checkpoints.outputs import Partial, joined_folder, resumable_folder, sync_folder
+from prosocial_ext.direg.outline import Outline
+from prosocial_ext.direg.ranks import ALONE, Ranks
+from prosocial_ext.direg.rewrite import RECORDS
+from prosocial_ext.direg.undo_record import UNDO, header_of, holds
+
+__all__ = ["Resumed", "Work", "job_of", "working_folder"]
+
+Resumed = Callable[[int, int, int], object]  # called with the files taken over, of how many, the bytes not read again
+
+
+class Work:
+    """What the ranks write together: the folder ``made``, and what is known of each weight file that is complete.
+
+    ``parts``: where a part of the undo record lies, by weight file. ``notes``: what the journal says, by weight file.
+    """
+
+    def __init__(self, folder: Partial, job: str) -> None:
+        self.made, self.parts = folder.made, folder.aside / "parts"
+        self.notes: dict[str, dict[str, Any]] = {}
+        self._notes = folder.aside / "notes"
+        self._journal = Journal(self._notes, job)
+
+    def share(self, checkpoint: Checkpoint, ranks: Ranks) -> list[str]:
+        """This rank's part of the weight files that are not complete."""
+        rest = [name for name in checkpoint.files if name not in self.notes]
+        return [rest[i] for i in ranks.share([checkpoint.files[name].size for name in rest])]
+
+    def complete(self, file: str, found: dict[str, Any]) -> None:
+        """Vouch for a weight file that is synced, as is its part of the undo record, if there is one."""
+        part = self.parts / file
+        self.notes[file] = {"found": found, "part": header_of(part) if part.exists() else None}
+        sync_folder(self.made)
+        sync_folder(self.parts)
+        self._journal.add(file, self.notes[file])
+
+    def gather(self, ranks: Ranks) -> None:
+        """Add the notes of the other ranks."""
+        for notes in ranks.gather(self.notes):
+            self.notes |= notes
+
+    def look(self, outline: Outline) -> int:
+        """Note what is complete, and return how many files that is."""
+        self.notes = {}
+        if not all(_is_folder(folder) or not os.path.lexists(folder) for folder in self._folders()):
+            return 0
+        notes = {name: self._journal.read(name) for name in outline.headers}
+        whole = {name: note for name, note in notes.items() if note and _is_file(self.made / name, outline.size(name))}
+        self.notes = {name: note for name, note in whole.items() if self._is_recorded(name, note["part"])}
+        return len(self.notes)
+
+    def tidy(self) -> None:
+        """Remove what is not complete, and make the folders that are written into."""
+        joined = any(note["part"] and not (self.parts / name).exists() for name, note in self.notes.items())
+        keep = [{*self.notes, RECORDS}, {Path(UNDO).name} if joined else set(), self.notes, self.notes]
+        for folder, kept in zip(self._folders(), keep, strict=True):
+            if not _is_folder(folder):
+                folder.unlink(missing_ok=True)
+                folder.mkdir()
+            for place in folder.iterdir():
+                if place.name not in kept:
+                    shutil.rmtree(place) if _is_folder(place) else place.unlink()
+
+    def _is_recorded(self, file: str, part: str | None) -> bool:
+        """Whether the undo record has its part, or already is what that went into."""
+        return part is None or any(holds(place, part) for place in (self.parts / file, self.made / UNDO))
+
+    def _folders(self) -> list[Path]:
+        return [self.made, self.made / RECORDS, self.parts, self._notes]
+
+
+def job_of(operation: str, checkpoint: Checkpoint, **arguments: Any) -> str:
+    """Return a hash of everything that the bits of an edit depend on, as far as can be told without reading it.
+
+    Args:
+        operation: Its name.
+        checkpoint: What is edited.
+        arguments: The others, as JSON. Ranks and buffers are none: they change no bit of what is written.
+    """
+    versions = [str(_C.version), str(torch.__version__)]
+    facts = [operation, versions, checkpoint.describe(), checkpoint.identity(), arguments]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def working_folder(
+    out: Path,
+    job: str,
+    checkpoint: Checkpoint,
+    outline: Outline,
+    *,
+    overwrite: bool,
+    resume: bool,
+    resumed: Resumed,
+    ranks: Ranks = ALONE,
+) -> Iterator[Work]:
+    """Yield the folder to write, which becomes ``out`` if the block succeeds on the first rank.
+
+    Args:
+        out: The folder to make.
+        job: Of `job_of`; that of the first rank counts.
+        checkpoint: What is edited.
+        outline: Of the weight files that are written.
+        overwrite: A folder that is there is replaced.
+        resume: Take over what a stopped run of the same job has completed; without, it is removed.
+        resumed: Called if there is any.
+        ranks: Who write it.
+    """
+    with ExitStack() as stack:
+        if ranks.rank == 0:
+            folder = stack.enter_context(
+                resumable_folder(out, lambda left: Work(left, job).look(outline), overwrite=overwrite, resume=resume)
+            )
+            work = Work(folder, job)
+            if work.look(outline):
+                read = sum(checkpoint.files[name].size for name in work.notes)
+                resumed(len(work.notes), len(outline.headers), read)
+            work.tidy()
+            ranks.gather((folder.place, job, work.notes))
+        else:
+            ours: Any = None
+            place, job, notes = ranks.gather(ours)[0]
+            work = Work(stack.enter_context(joined_folder(place)), job)
+            work.notes = notes
+        yield work
+    ranks.gather(None)  # the folder is there
+
+
+def _is_folder(place: Path) -> bool:
+    return place.is_dir() and not place.is_symlink()
+
+
+def _is_file(place: Path, size: int) -> bool:
+    try:
+        status = os.lstat(place)
+    except OSError:
+        return False
+    return stat.S_ISREG(status.st_mode) and status.st_size == size

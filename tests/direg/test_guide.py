@@ -47,6 +47,6 @@ def test_sizes_are_what_the_formats_come_to(tmp_path: Path) -> None:
     vector = HarmVector.from_checkpoints(base, harm, density=0.10, out=tmp_path / "v.safetensors")
     apply_vector(base, vector, tmp_path / "out", undo=True)
     low_rank = HarmVector.from_checkpoints(base, harm, rule="low_rank", out=tmp_path / "low-rank.safetensors")
-    assert low_rank.file_bytes / 4_000_000 == pytest.approx(4.125, abs=0.001)
+    assert low_rank.file_bytes / 4_000_000 == pytest.approx(4.125, abs=0.01)  # a header of 5 kB
     for path, per_entry in ((tmp_path / "v.safetensors", 5), (tmp_path / "out" / UNDO, 3)):
         assert path.stat().st_size / 400_000 == pytest.approx(per_entry, abs=0.1)  # header and histogram are small

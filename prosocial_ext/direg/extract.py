@@ -282,7 +282,9 @@ class _Desk:
 
     def read(self, name: str, side: Reader, start: int, stop: int) -> Tensor:
         """Elements of a side, gone when the desk is used again."""
-        return side.read(start, stop, self.buffers.take(name, (stop - start) * side.dtype.itemsize, torch.uint8))
+        found = side.read(start, stop, self.buffers.take(name, (stop - start) * side.dtype.itemsize, torch.uint8))
+        assert found.device.type == "cpu", f"{name} was read on {found.device}"  # the kernels follow bare addresses
+        return found
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,7 @@ def test_controls_that_do_not_fit_are_refused(made: Path, tmp_path: Path) -> Non
         CheckpointError, match=r"base must be a checkpoint where .*benign is one, got a model in memory"
     ):
         HarmVector.from_adapter(live, made / "harm-lora", minus=made / "benign")
-    _, other = adapter(tmp_path, "gpt2", target_modules=["c_attn"])
+    _, other = adapter(tmp_path, "gpt2", target_modules=["c_attn"], fan_in_fan_out=True)
     with pytest.raises(CheckpointError, match="must have the adapter's tensors, got none of"):
         HarmVector.from_checkpoints(made / "base", made / "harm", minus=other)
     with pytest.raises(CheckpointError, match="neither lie in a folder that is read"):

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 __all__ = ["add_arguments", "run"]
 
 _DTYPES = ("auto", "float32", "float64", "float16", "bfloat16")
-_LARGEST = 3.4e38  # the sampler computes in float32
 _RESULTS = ("text", "tokens", "finish_reason", "logprobs")  # of an earlier run, whose output is input again
 
 
@@ -84,6 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check_options(arguments: argparse.Namespace) -> Sampling:
     from prosocial_ext.decoding.replies import Sampling
+    from prosocial_ext.decoding.requests import LARGEST
     from prosocial_ext.reference import check
 
     if (arguments.file is None) == (arguments.prompt is None):
@@ -96,7 +96,7 @@ def _check_options(arguments: argparse.Namespace) -> Sampling:
     if arguments.arm_base is not None and arguments.arm is None:
         raise UserError(f"--arm-base must come with --arm, got {arguments.arm_base} alone.")
     if arguments.guidance is not None:
-        check.number("guidance", arguments.guidance, -_LARGEST, _LARGEST, "be a finite number")
+        check.number("guidance", arguments.guidance, -LARGEST, LARGEST, "be a finite number")
     check.integer("seed", arguments.seed, 0, 2**63 - 1, "be an integer in [0, 2**63)")
     if arguments.out is not None:
         if arguments.out.is_dir() or not arguments.out.absolute().parent.is_dir():

@@ -10,14 +10,13 @@ import torch
 
 from prosocial_ext.decoding.generator import GuidedGenerator
 from prosocial_ext.decoding.prompts import read_prompts
-from prosocial_ext.decoding.requests import Request
+from prosocial_ext.decoding.requests import LARGEST, Request
 from prosocial_ext.decoding.seeds import row_seeds
 from prosocial_ext.decoding.special_tokens import eos_ids
 from prosocial_ext.reference import check
 
 __all__ = ["Reply", "Row", "Sampling", "draw_replies", "encode_rows", "reply_limit", "settle", "unknown_words"]
 
-_LARGEST = 3.4e38  # the sampler computes in float32
 _UNKNOWN_SHOWN = 10
 
 
@@ -44,7 +43,7 @@ class Sampling:
     batch_size: int = 8
 
     def __post_init__(self) -> None:
-        check.number("temperature", self.temperature, 0.0, _LARGEST, "be a number >= 0", "0 is greedy.")
+        check.number("temperature", self.temperature, 0.0, LARGEST, "be a number >= 0", "0 is greedy.")
         check.integer("top_k", self.top_k, 0, 2**31, "be a count >= 0", "0 keeps all tokens.")
         check.number("top_p", self.top_p, 0.0, 1.0, "be in (0, 1]", "1 keeps all tokens.")
         if self.top_p == 0:

@@ -12,10 +12,13 @@ from typing import Any
 
 from prosocial_ext.reference import check
 
-__all__ = ["Request", "parse_preference", "parse_requests", "read_json_lines", "read_requests", "read_text_lines"]
+__all__ = [
+    "LARGEST", "Request", "parse_preference", "parse_requests", "read_file", "read_json_lines", "read_requests",
+    "read_text_lines",
+]  # fmt: skip
 
 _KEYS = ("prompt", "messages", "preference", "guidance", "seed")
-_LARGEST = 3.4e38  # the models compute in float32
+LARGEST = 3.4e38  # the models compute in float32
 
 
 @dataclass(frozen=True)
@@ -76,11 +79,23 @@ def read_requests(argument: str, path: str | Path) -> list[Request]:
     Raises:
         ValueError, TypeError: it cannot be read, holds none, or as in `read_json_lines`.
     """
+    return parse_requests(argument, read_file(argument, path), str(path), str(path).endswith(".jsonl"))
+
+
+def read_file(argument: str, path: str | Path) -> bytes:
+    """Return the bytes of a file that the user named.
+
+    Args:
+        argument: what errors call it.
+        path: the file.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
     try:
-        data = Path(path).read_bytes()
+        return Path(path).read_bytes()
     except OSError as error:
         raise ValueError(f"{argument} must be a file that can be read, got {path}: {error.strerror}.") from error
-    return parse_requests(argument, data, str(path), str(path).endswith(".jsonl"))
 
 
 def parse_requests(argument: str, data: bytes, source: str, json_lines: bool) -> list[Request]:
@@ -180,7 +195,7 @@ def _preference(where: str, value: Any) -> dict[str, float] | None:
 
 
 def _number(argument: str, value: Any) -> float:
-    return float(check.number(argument, value, -_LARGEST, _LARGEST, "be a finite number"))
+    return float(check.number(argument, value, -LARGEST, LARGEST, "be a finite number"))
 
 
 def _seed(where: str, value: Any) -> int | None:

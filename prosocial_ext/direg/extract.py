@@ -39,7 +39,7 @@ from prosocial_ext.direg.ranks import ALONE, Ranks, append_part
 from prosocial_ext.direg.rules import Rule, choose_rule
 from prosocial_ext.direg.sparse_file import Encoded, Measure, SparseReader, SparseWriter, encode
 from prosocial_ext.ops import _streaming as streaming
-from prosocial_ext.ops._stream import EVERYTHING, Buffers, Candidates, Collector, Edge, new_memory
+from prosocial_ext.ops._stream import EVERYTHING, Buffers, Candidates, Collector, Edge
 from prosocial_ext.reference import check
 from prosocial_ext.reference.topm import entry_count
 
@@ -228,7 +228,7 @@ class _Kept:
     """Candidates, a piece per chunk of data: offsets in the chunk and columns. In memory first, then in a file."""
 
     def __init__(self, descriptor: int, room: int) -> None:
-        self._descriptor, self._memory = descriptor, new_memory(room)
+        self._descriptor, self._memory = descriptor, torch.empty(room, dtype=torch.uint8, device="cpu")
         self._bytes = self._memory.numpy().data
         self.clear()
 
@@ -419,8 +419,7 @@ def _look_drawn(work: _Work, edge: Cut | None, desk: _Desk, i: int, start: int) 
     """Look at one chunk whose entries are ranked by a draw, step by step."""
     pair, stop = work.pairs[i], min(work.pairs[i].numel, start + work.chunk)
     sides, columns = _columns(work, i, range(start, stop))
-    nothing_kept = Edge((1 << 31) - 1, -1, False)
-    looked = desk.collector.look(None, columns[0], None, pair.dtype, nothing_kept)
+    looked = desk.collector.look(None, columns[0], None, pair.dtype, nothing(work.wide).edge(i))  # for its sums
     if looked.bad_values:
         _refuse_values(pair, looked.bad_values)
     effect = 0.0
@@ -540,9 +539,8 @@ def _write_all(work: _Work, writer: SparseWriter, group: range) -> None:
 
     own = work.own(group)
     for i, chunks in _in_turn(own, _looked(work, group, look)):
-        pair, measure, energy = work.pairs[i], Measure(), 0.0
-        measure.add_run(pair.numel, 0, pair.numel - 1, pair.numel - 1)
-        writer.begin(pair.name, pair.shape, pair.numel, pair.dtype, measure)
+        pair, energy = work.pairs[i], 0.0
+        writer.begin(pair.name, pair.shape, pair.numel, pair.dtype, Measure.of_all(pair.numel))
         for found in chunks:
             assert found.encoded is not None
             writer.write(found.encoded)

@@ -33,6 +33,7 @@ from prosocial_ext.direg.pairing import Pair, Pairs
 from prosocial_ext.direg.ranks import ALONE, Ranks
 from prosocial_ext.direg.rules import choose_rule
 from prosocial_ext.direg.sparse_file import Measure, SparseWriter
+from prosocial_ext.ops._stream import sum_squares
 from prosocial_ext.reference import check
 from prosocial_ext.reference.topm import entry_count
 
@@ -146,14 +147,14 @@ def write_low_rank(
         word_total, squares = difference.measured()
         sums.append((pair.name, str(pair.base.dtype), (pair.numel,), word_total))
         energy.append(squares)
-        writer.begin(pair.name, pair.shape, pair.numel, pair.dtype, _all(pair.numel), squares)
+        writer.begin(pair.name, pair.shape, pair.numel, pair.dtype, Measure.of_all(pair.numel), squares)
         place, rank = 0, plan.get(pair.name) if squares else None  # zeros have no direction
         for values in difference.flat() if rank is None else _approximated(difference, rank, seed):
             if not bool(values.isfinite().all()):
                 refuse(f"the approximation of {shown(pair.name)}", "be finite", "Inf", "Scale the difference down.")
             writer.append(torch.arange(place, place + len(values), device="cpu"), values)
             place += len(values)
-            kept.append(_squared(values))
+            kept.append(sum_squares(values))
     full["base_fingerprint"] = fingerprint(sums)
     full["energy_share"] = round(min(math.fsum(kept) / math.fsum(energy), 1.0), 6) if any(energy) else 0.0
     writer.finish(full)
@@ -174,7 +175,7 @@ class _Difference:
                 refuse(f"the differences at {shown(self.pair.name)}", "be finite", "NaN or Inf",
                        "Repair the checkpoints.")  # fmt: skip
             words += word_sum(sides[0])
-            squares.append(_squared(values))
+            squares.append(sum_squares(values))
         return words % 2**64, math.fsum(squares)
 
     def flat(self) -> Iterator[Tensor]:
@@ -252,14 +253,3 @@ def _bytes(rows: int, columns: int, rank: int) -> int:
         return block + 64 * rows * columns
     width = min(rank + _OVERSAMPLING, rows, columns)
     return block + 32 * width * (columns + width)  # old and new basis, and two copies in torch.linalg.qr
-
-
-def _all(numel: int) -> Measure:
-    """That of every position: gaps of 0, a byte each."""
-    measure = Measure()
-    measure.entries = measure.gap_bytes = numel
-    return measure
-
-
-def _squared(values: Tensor) -> float:
-    return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2

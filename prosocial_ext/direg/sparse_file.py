@@ -61,6 +61,13 @@ class Measure:
     def __init__(self) -> None:
         self.entries, self.gap_bytes, self._last = 0, 0, -1
 
+    @classmethod
+    def of_all(cls, numel: int) -> Measure:
+        """That of every position: gaps of 0, a byte each."""
+        measure = cls()
+        measure.add_run(numel, 0, numel - 1, numel - 1)
+        return measure
+
     def add(self, positions: Tensor) -> None:
         """Count one block of ascending positions that follow the blocks before."""
         if len(positions):

@@ -11,13 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from prosocial_ext.decoding import GuidedGenerator
 from prosocial_ext.decoding.loading import ModelSources, load_config
 from prosocial_ext.decoding.replies import Reply, Row, draw_replies, encode_rows, reply_limit, settle, unknown_words
-from prosocial_ext.decoding.requests import Request, read_requests
+from prosocial_ext.decoding.requests import Request, read_file, read_requests
 from prosocial_ext.decoding.seeds import sample_seeds
 from prosocial_ext.direg.harmful_pairs import EncodedPair, encode_pairs, right_padded
 from prosocial_ext.evaluation.figures import category_figures, document_figures, reply_figures
@@ -49,7 +48,8 @@ class Evaluator:
         self.settings = settings
         names = ("harmful", "harmless", "responses")
         files = {name: path for name in names if (path := getattr(settings, name)) is not None}
-        self._inputs = {name: {"file": path, "sha256": _sha256(name, path)} for name, path in files.items()}
+        hashes = {name: hashlib.sha256(read_file(name, path)).hexdigest() for name, path in files.items()}
+        self._inputs = {name: {"file": files[name], "sha256": found} for name, found in hashes.items()}
         self._requests = {name: read_requests(name, path) for name, path in files.items() if name != "responses"}
         self._judges: dict[str, Judge] = {}
         if self._requests:
@@ -222,13 +222,6 @@ class Evaluator:
                 )
             records.append(DocumentRecord(index, loss, int(tokens), pair.cut))
         return records
-
-
-def _sha256(argument: str, path: str) -> str:
-    try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    except OSError as error:
-        raise ValueError(f"{argument} must be a file that can be read, got {path}: {error.strerror}.") from error
 
 
 def _said(reply: Reply) -> list[int]:

@@ -10,12 +10,12 @@ from typing import Any
 import yaml
 
 from prosocial_ext.decoding.replies import Sampling
+from prosocial_ext.decoding.requests import LARGEST, read_file
 from prosocial_ext.evaluation.judges.build import check_keys
 from prosocial_ext.reference import check
 
 __all__ = ["EvaluationSettings", "read_settings"]
 
-_LARGEST = 3.4e38  # the models compute in float32
 _DTYPES = ("auto", "float32", "float64", "float16", "bfloat16")
 
 
@@ -85,7 +85,7 @@ class EvaluationSettings:
             check.fail("model", "be given", None, "Name a folder or a hub id.")
         if self.harmful is None and self.harmless is None and self.responses is None:
             check.fail("harmful", "be given, or harmless, or responses", "none", "Name a file for each figure wanted.")
-        check.number("guidance", self.guidance, -_LARGEST, _LARGEST, "be a finite number")
+        check.number("guidance", self.guidance, -LARGEST, LARGEST, "be a finite number")
         self._check_preference()
         check.integer("seed", self.seed, 0, 2**63 - 1, "be an integer in [0, 2**63)")
         check.integer("samples", self.samples, 1, 2**20, "be a count >= 1")
@@ -113,7 +113,7 @@ class EvaluationSettings:
             remedy = "Write preference: {empathy: 0.7, truthfulness: 0.3}."
             check.fail("preference", "be a mapping of numbers", check.describe(self.preference), remedy, TypeError)
         for name, weight in self.preference.items():
-            check.number(f"preference[{name!r}]", weight, -_LARGEST, _LARGEST, "be a finite number")
+            check.number(f"preference[{name!r}]", weight, -LARGEST, LARGEST, "be a finite number")
 
 
 def read_settings(path: str | Path | None, overrides: Mapping[str, Any]) -> EvaluationSettings:
@@ -131,9 +131,7 @@ def read_settings(path: str | Path | None, overrides: Mapping[str, Any]) -> Eval
     if path is None:
         return EvaluationSettings(**overrides)
     try:
-        found = yaml.load(Path(path).read_bytes(), Loader=_UniqueKeys)  # a SafeLoader
-    except OSError as error:
-        raise ValueError(f"CONFIG must be a file that can be read, got {path}: {error.strerror}.") from error
+        found = yaml.load(read_file("CONFIG", path), Loader=_UniqueKeys)  # a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"CONFIG must be YAML, got {path}: {' '.join(str(error).split())}.") from error
     if not isinstance(found, dict):

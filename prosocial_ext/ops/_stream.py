@@ -5,8 +5,6 @@ Nothing is checked here: the callers in ``prosocial_ext.direg`` word the errors.
 
 from __future__ import annotations
 
-import mmap
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,23 +16,10 @@ from prosocial_ext.ops import _native
 
 __all__ = [
     "EVERYTHING", "Buffers", "Candidates", "Collector", "Edge", "Looked", "Subtracted", "add_digits", "all_finite",
-    "find_ties", "new_memory", "subtract_", "sum_squares", "word_sum",
+    "find_ties", "subtract_", "sum_squares", "word_sum",
 ]  # fmt: skip
 
 _SLACK = 32  # elements that a kernel may write behind what it keeps
-
-
-def new_memory(size: int) -> Tensor:
-    """Return ``size`` bytes (uint8), in huge pages where there are any: small ones cost more at first touch.
-
-    >>> new_memory(3)
-    tensor([0, 0, 0], dtype=torch.uint8)
-    """
-    pages = mmap.mmap(-1, max(size, 1))
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a system without
-            pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=torch.uint8)[:size]
 
 
 class Buffers:
@@ -52,7 +37,7 @@ class Buffers:
         size = n * dtype.itemsize
         held = self._held.get(name)
         if held is None or len(held) < size:
-            self._held[name] = held = new_memory(size)
+            self._held[name] = held = torch.empty(size, dtype=torch.uint8, device="cpu")
         return held[:size].view(dtype)
 
 

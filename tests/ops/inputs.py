@@ -45,3 +45,15 @@ def zero_pages(elements: int) -> torch.Tensor:
     if hasattr(mmap, "MADV_HUGEPAGE"):
         pages.madvise(mmap.MADV_HUGEPAGE)  # reads then fault once in 2 MB
     return torch.frombuffer(pages, dtype=torch.bfloat16)
+
+
+def border_words(weights):
+    """The first and the last word of every possible token's share, and the token of each."""
+    possible = weights.nonzero().flatten().tolist()
+    mass = int(weights.sum())
+    words, expected = [0, 2**64 - 1], [possible[0], possible[-1]]
+    for border, before, after in zip(weights[possible].cumsum(0).tolist(), possible, possible[1:], strict=False):
+        first = -(-(border << 64) // mass)  # the smallest word whose threshold reaches the border
+        words += [first - 1, first]
+        expected += [before, after]
+    return words, expected

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from prosocial_ext import _C, reference
 from prosocial_ext.ops import _native
 from tests.asserts import assert_same_bits
-from tests.ops.inputs import DTYPES, logits_cases
+from tests.ops.inputs import DTYPES, border_words, logits_cases
 
 CASES = logits_cases()
 FILTERS = {
@@ -163,18 +163,6 @@ def draw_with_words(base, words, **knobs):
     args = (view, (0, 0, 0, 0), 0, rows, vocab, knob.data_ptr(), counters.data_ptr(), False, tokens.data_ptr(), 0)
     assert _C.guided_sample_rows(*args, scratch.data_ptr(), threads, signed.data_ptr()) == 0
     return tokens.tolist()
-
-
-def border_words(weights):
-    """The first and the last word of every possible token's share, and the token of each."""
-    possible = weights.nonzero().flatten().tolist()
-    mass = int(weights.sum())
-    words, expected = [0, 2**64 - 1], [possible[0], possible[-1]]
-    for border, before, after in zip(weights[possible].cumsum(0).tolist(), possible, possible[1:], strict=False):
-        first = -(-(border << 64) // mass)  # the smallest word whose threshold reaches the border
-        words += [first - 1, first]
-        expected += [before, after]
-    return words, expected
 
 
 @pytest.mark.parametrize("filters", FILTERS, ids=str)

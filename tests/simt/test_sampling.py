@@ -15,7 +15,7 @@ from prosocial_ext import ops, reference
 from prosocial_ext.ops import _cuda, _cuda_sampling
 from prosocial_ext.ops import sampling as public
 from tests.asserts import assert_same_bits
-from tests.ops.inputs import DTYPES, logits_cases
+from tests.ops.inputs import DTYPES, border_words, logits_cases
 
 CASES = logits_cases()
 FILTERS = {
@@ -201,13 +201,7 @@ def test_the_draw_changes_exactly_at_the_borders_of_the_prefix_sums(cuda, name, 
     knobs = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, **FILTERS[filters]}
     shares = torch.tensor([knobs["top_p"], knobs["min_p"]]).tolist()
     weights = torch.where(definition.kept_tokens(base[0], weights, knobs["top_k"], *shares), weights, 0)
-    possible = weights.nonzero().flatten().tolist()
-    mass = int(weights.sum())
-    words, expected = [0, 2**64 - 1], [possible[0], possible[-1]]
-    for border, before, after in zip(weights[possible].cumsum(0).tolist(), possible, possible[1:], strict=False):
-        first = -(-(border << 64) // mass)  # the smallest word whose threshold reaches the border
-        words += [first - 1, first]
-        expected += [before, after]
+    words, expected = border_words(weights)
     rows = len(words)
     signed = torch.tensor([w - 2**64 if w >= 2**63 else w for w in words])
     table = torch.tensor([[1.0, *shares]] * rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -12,7 +12,7 @@ __all__ = ["ahead"]
 T = TypeVar("T")
 
 
-def ahead(calls: Iterable[Callable[[], T]], threads: int = 1) -> Iterator[T]:
+def ahead(calls: Iterable[Callable[[], T]], threads: int = 1) -> Generator[T]:
     """Yield what the calls return, in order; ``threads`` threads make the next ones while the caller holds one.
 
     At most ``threads + 1`` results are alive, the caller's included. What a call raises is raised here, at its turn.

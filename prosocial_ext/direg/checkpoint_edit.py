@@ -26,7 +26,7 @@ from prosocial_ext.direg.live import fits
 from prosocial_ext.direg.outline import Outline, original, recorded, same, widened
 from prosocial_ext.direg.ranks import ALONE, Ranks
 from prosocial_ext.direg.resume import Resumed, job_of, working_folder
-from prosocial_ext.direg.rewrite import RECORDS, Cursor, carry, converted, rewrite, write_json
+from prosocial_ext.direg.rewrite import RECORDS, Cursor, FileEdit, carry, converted, files_at_once, rewrite, write_json
 from prosocial_ext.direg.rounding import Rounding
 from prosocial_ext.direg.sparse_file import Measure, SparseReader, SparseWriter
 from prosocial_ext.direg.tally import Tally
@@ -156,8 +156,8 @@ def apply_vector(
             Path(out), job, checkpoint, outline, overwrite=overwrite, resume=resume, resumed=resumed, ranks=ranks
         ) as work:
             edit = _Subtraction(checkpoint, vector, scale, write, work.parts if undo else None)
-            rewrite(checkpoint, work.share(checkpoint, ranks), work.made, edit, chunk, progress, outline,
-                    lambda name: work.complete(name, vars(edit.found)))  # fmt: skip
+            rewrite(checkpoint, work.share(checkpoint, ranks), work.made, edit, chunk, files_at_once(memory), progress,
+                    outline, work.complete)  # fmt: skip
             work.gather(ranks)
             found = Tally.total(work.notes[name]["found"] for name in checkpoint.files)
             done = edit.result(planned, found)
@@ -231,8 +231,8 @@ def revert_checkpoint(
             with working_folder(
                 Path(out), job, checkpoint, outline, overwrite=overwrite, resume=resume, resumed=resumed
             ) as work:
-                rewrite(checkpoint, work.share(checkpoint, ALONE), work.made, edit, chunk, progress, outline,
-                        lambda name: work.complete(name, {"restored": edit.restored, "read": edit.read}))  # fmt: skip
+                rewrite(checkpoint, work.share(checkpoint, ALONE), work.made, edit, chunk, files_at_once(memory),
+                        progress, outline, work.complete)  # fmt: skip
                 found = [note["found"] for note in work.notes.values()]
                 edit.check(found)
                 carry(checkpoint, work.made, outline)
@@ -269,76 +269,30 @@ def _targets(checkpoint: Checkpoint, vector: HarmVector) -> dict[str, str]:
 
 
 class _Subtraction:
-    """Subtracts chunk by chunk, counts, and writes a part of the undo record along with each weight file.
-
-    ``found``: in the weight file begun last.
-    """
+    """Subtracts, and writes a part of the undo record along with each weight file."""
 
     def __init__(
         self, checkpoint: Checkpoint, vector: HarmVector, scale: float, rounding: Rounding, parts: Path | None
     ) -> None:
-        self._checkpoint, self._vector, self._scale, self._rounding = checkpoint, vector, scale, rounding
-        self._targets, self._parts = _targets(checkpoint, vector), parts
-        self._undo: SparseWriter | None = None
-        self._buffers = Buffers()
-        self.found = Tally()
+        self.checkpoint, self.vector, self.scale, self.rounding = checkpoint, vector, scale, rounding
+        self.targets, self._parts = _targets(checkpoint, vector), parts
 
     @contextlib.contextmanager
-    def file(self, name: str) -> Iterator[None]:
+    def file(self, name: str) -> Iterator[FileEdit]:
         """Begin a weight file, and complete its part of the record."""
-        self.found = Tally()
         if self._parts is None:
-            yield
+            yield _FileSubtraction(self, None)
             return
-        entries = self._checkpoint.files[name].entries
-        shapes = {tensor: entry.shape for tensor, entry in entries.items() if tensor in self._targets}
+        entries = self.checkpoint.files[name].entries
+        shapes = {tensor: entry.shape for tensor, entry in entries.items() if tensor in self.targets}
         with new_descriptor(self._parts / name) as descriptor:
-            self._undo = SparseWriter(descriptor, "undo", shapes, {})
-            yield
-            self._undo.finish({})
-
-    def wants(self, name: str) -> bool:
-        """Begin a tensor."""
-        if name not in self._targets:
-            return False
-        source, entry = self._targets[name], self._checkpoint.entry(name)
-        self._cursor = Cursor(self._vector.blocks(source))
-        if self._undo is not None:
-            measure = Measure()
-            for positions, _ in self._vector.blocks(source):
-                measure.add(positions[positions < entry.numel])
-            self._undo.begin(name, entry.shape, entry.numel, DTYPES[entry.dtype], measure)
-        if entry.numel < self._vector.tensors[source].numel and name == source:
-            stored = (positions >= entry.numel for positions, _ in self._vector.blocks(source))
-            self.found.skipped += sum(int(beyond.sum()) for beyond in stored)
-        return True
-
-    def edit_(self, name: str, start: int, elements: Tensor) -> Tensor:
-        """Subtract at the chunk's entries."""
-        source, found = self._targets[name], self.found
-        compared = max(0, self._vector.tensors[source].numel - start)
-        _add(found.compared, name, word_sum(elements[:compared]))
-        written = elements
-        until, plain = start + len(elements), self._rounding.is_plain
-        for positions, values in self._cursor.take(until) if plain else [self._cursor.take_whole(until)]:
-            if plain:
-                done = subtract_(elements, start, positions, values, self._scale, self._buffers)
-            else:
-                written, done = self._rounding.subtract(elements, positions, values, self._scale, name, start)
-            if self._undo is not None:
-                self._undo.append(positions, done.before)
-            if name == source:  # a tied head counts with its embedding
-                found.edited += len(positions)
-                found.unchanged += done.unchanged
-                found.requested[name] = found.requested.get(name, 0.0) + done.requested
-                found.effective[name] = found.effective.get(name, 0.0) + done.effective
-                found.threshold = min(found.threshold, done.smallest)
-        _add(found.written, name, word_sum(written))
-        return written
+            undo = SparseWriter(descriptor, "undo", shapes, {})
+            yield _FileSubtraction(self, undo)
+            undo.finish({})
 
     def result(self, planned: CheckpointEdit, found: Tally) -> CheckpointEdit:
         """What was done in all."""
-        tensors, entry = self._vector.tensors, self._checkpoint.entry
+        tensors, entry = self.vector.tensors, self.checkpoint.entry
         compared = fingerprint(
             (name, str(self._dtype(name)), (min(tensor.numel, entry(name).numel),), found.compared.get(name, 0))
             for name, tensor in tensors.items()
@@ -353,28 +307,75 @@ class _Subtraction:
             threshold=found.threshold,
             requested_norm=math.sqrt(math.fsum(found.requested.values())),
             effective_norm=math.sqrt(math.fsum(found.effective.values())),
-            is_base=compared == self._vector.recipe.get("base_fingerprint"),
+            is_base=compared == self.vector.recipe.get("base_fingerprint"),
         )
 
     def fingerprint(self, found: Tally) -> str:
         """Of what was written."""
-        entry, written = self._checkpoint.entry, self._rounding.written
+        entry, written = self.checkpoint.entry, self.rounding.written
         sums = found.written
-        return fingerprint((n, str(written(self._dtype(n))), entry(n).shape, sums.get(n, 0)) for n in self._targets)
+        return fingerprint((n, str(written(self._dtype(n))), entry(n).shape, sums.get(n, 0)) for n in self.targets)
 
     def _dtype(self, name: str) -> torch.dtype:
-        return DTYPES[self._checkpoint.entry(name).dtype]
+        return DTYPES[self.checkpoint.entry(name).dtype]
+
+
+class _FileSubtraction:
+    """Subtracts chunk by chunk, and counts."""
+
+    def __init__(self, all_files: _Subtraction, undo: SparseWriter | None) -> None:
+        self._all, self._undo = all_files, undo
+        self._buffers, self._found = Buffers(), Tally()
+
+    def wants(self, name: str) -> bool:
+        """Begin a tensor."""
+        vector, targets = self._all.vector, self._all.targets
+        if name not in targets:
+            return False
+        source, entry = targets[name], self._all.checkpoint.entry(name)
+        self._cursor = Cursor(vector.blocks(source))
+        if self._undo is not None:
+            measure = Measure()
+            for positions, _ in vector.blocks(source):
+                measure.add(positions[positions < entry.numel])
+            self._undo.begin(name, entry.shape, entry.numel, DTYPES[entry.dtype], measure)
+        if entry.numel < vector.tensors[source].numel and name == source:
+            stored = (positions >= entry.numel for positions, _ in vector.blocks(source))
+            self._found.skipped += sum(int(beyond.sum()) for beyond in stored)
+        return True
+
+    def edit_(self, name: str, start: int, elements: Tensor) -> Tensor:
+        """Subtract at the chunk's entries."""
+        source, found, rounding, scale = self._all.targets[name], self._found, self._all.rounding, self._all.scale
+        compared = max(0, self._all.vector.tensors[source].numel - start)
+        _add(found.compared, name, word_sum(elements[:compared]))
+        written, until = elements, start + len(elements)
+        for positions, values in self._cursor.take(until) if rounding.is_plain else [self._cursor.take_whole(until)]:
+            if rounding.is_plain:
+                done = subtract_(elements, start, positions, values, scale, self._buffers)
+            else:
+                written, done = rounding.subtract(elements, positions, values, scale, name, start)
+            if self._undo is not None:
+                self._undo.append(positions, done.before)
+            if name == source:  # a tied head counts with its embedding
+                found.edited += len(positions)
+                found.unchanged += done.unchanged
+                found.requested[name] = found.requested.get(name, 0.0) + done.requested
+                found.effective[name] = found.effective.get(name, 0.0) + done.effective
+                found.threshold = min(found.threshold, done.smallest)
+        _add(found.written, name, word_sum(written))
+        return written
+
+    def facts(self) -> dict[str, Any]:
+        """The tally."""
+        return vars(self._found)
 
 
 class _Restoration:
-    """Puts the originals back and makes sure that the checkpoint is the edited one.
-
-    ``restored`` entries and word sums of what was ``read``: of the weight file begun last.
-    """
+    """Puts the originals back and makes sure that the checkpoint is the edited one."""
 
     def __init__(self, checkpoint: Checkpoint, record: SparseReader, outline: Outline) -> None:
         self._checkpoint, self._record = checkpoint, record
-        self.restored, self.read = 0, dict[str, int]()
         originals = {name: entry for file in outline.headers for name, entry in outline.entries(file).items()}
         for name, tensor in record.tensors.items():
             found = originals.get(name)
@@ -384,26 +385,9 @@ class _Restoration:
                 what = f"tensor {shown(name)} of {checkpoint.folder}"
                 refuse(what, f"be {expected[0]} {list(expected[1])} as recorded", stated, "Take the edit's own record.")
 
-    @contextlib.contextmanager
-    def file(self, name: str) -> Iterator[None]:
+    def file(self, _: str) -> contextlib.AbstractContextManager[FileEdit]:
         """Begin a weight file."""
-        self.restored, self.read = 0, {}
-        yield
-
-    def wants(self, name: str) -> bool:
-        """Begin a tensor."""
-        if name not in self._record.tensors:
-            return False
-        self._cursor = Cursor(self._record.blocks(name))
-        return True
-
-    def edit_(self, name: str, start: int, elements: Tensor) -> Tensor:
-        """Put the chunk's originals back."""
-        _add(self.read, name, word_sum(elements))
-        for positions, values in self._cursor.take(start + len(elements)):
-            elements[positions - start] = converted(values, elements.dtype, name)
-            self.restored += len(positions)
-        return elements
+        return contextlib.nullcontext(_FileRestoration(self._record))
 
     def check(self, files: Iterable[Mapping[str, Any]]) -> None:
         """Raise unless what was read of all files is what the edit wrote."""
@@ -415,6 +399,32 @@ class _Restoration:
         if read != self._record.recipe.get("edited_fingerprint"):
             rule = "be what the edit wrote, bit by bit"
             refuse(str(self._checkpoint.folder), rule, "other weights", "Take the undo record of this very folder.")
+
+
+class _FileRestoration:
+    """Puts the originals back chunk by chunk."""
+
+    def __init__(self, record: SparseReader) -> None:
+        self._record, self._restored, self._read = record, 0, dict[str, int]()
+
+    def wants(self, name: str) -> bool:
+        """Begin a tensor."""
+        if name not in self._record.tensors:
+            return False
+        self._cursor = Cursor(self._record.blocks(name))
+        return True
+
+    def edit_(self, name: str, start: int, elements: Tensor) -> Tensor:
+        """Put the chunk's originals back."""
+        _add(self._read, name, word_sum(elements))
+        for positions, values in self._cursor.take(start + len(elements)):
+            elements[positions - start] = converted(values, elements.dtype, name)
+            self._restored += len(positions)
+        return elements
+
+    def facts(self) -> dict[str, Any]:
+        """The entries restored, and word sums of what was read."""
+        return {"restored": self._restored, "read": self._read}
 
 
 def _add(sums: dict[str, int], name: str, words: int) -> None:

@@ -1,4 +1,4 @@
-"""Copies a checkpoint folder with some elements changed: shard by shard, tensor by tensor, chunk by chunk.
+"""Copies a checkpoint folder with some elements changed: a few shards at once, each chunk by chunk.
 
 Headers, metadata, index, dtypes and sharding stay byte for byte, up to what the outline changes; of the other files
 only settings and texts come along.
@@ -9,10 +9,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, closing
 from fnmatch import fnmatchcase
 from functools import partial
+from itertools import cycle
 from pathlib import Path
+from threading import Event, Lock
 from typing import Any, Protocol
 
 import torch
@@ -24,28 +27,49 @@ from prosocial_ext.checkpoints.errors import refuse, shown
 from prosocial_ext.checkpoints.hub import CARRIED
 from prosocial_ext.checkpoints.outputs import new_descriptor
 from prosocial_ext.checkpoints.raw_io import write_all
-from prosocial_ext.checkpoints.safetensors_file import DTYPES
+from prosocial_ext.checkpoints.safetensors_file import DTYPES, SafetensorsFile
+from prosocial_ext.checkpoints.safetensors_header import TensorEntry
 from prosocial_ext.direg.outline import Outline
 from prosocial_ext.direg.sparse_file import Block
 from prosocial_ext.direg.widths import SIXTEEN, narrow, widen
+from prosocial_ext.ops._stream import Buffers
 
-__all__ = ["RECORDS", "ChunkEdit", "Cursor", "carry", "converted", "rewrite", "write_json"]
+__all__ = [
+    "RECORDS",
+    "CheckpointChange",
+    "Cursor",
+    "FileEdit",
+    "carry",
+    "converted",
+    "files_at_once",
+    "rewrite",
+    "write_json",
+]
 
 RECORDS = "direg"  # the folder of recipe and undo record: loaders that take every *.safetensors do not look there
 _BYTES = 1 << 23
+_MOST_FILES = 4  # at once
+_PER_FILE = 128 << 20  # bytes of memory: three chunks, and the blocks of entries that meet them
 
 
-class ChunkEdit(Protocol):
-    """What is done to the tensors of a checkpoint."""
-
-    def file(self, name: str) -> AbstractContextManager[object]:
-        """Enclose what is done to the tensors of one weight file; a file is never begun twice."""
+class FileEdit(Protocol):
+    """What is done to the tensors of one weight file, in the order that they lie in."""
 
     def wants(self, name: str) -> bool:
         """Whether the tensor is given to `edit_` at all; called once per tensor, before its first chunk."""
 
     def edit_(self, name: str, start: int, elements: Tensor) -> Tensor:
         """Edit a chunk, the flat elements from ``start`` on; return it, in any dtype that `converted` takes."""
+
+    def facts(self) -> dict[str, Any]:
+        """What was found in the file, as JSON."""
+
+
+class CheckpointChange(Protocol):
+    """What is done to the weight files of a checkpoint, several at once."""
+
+    def file(self, name: str) -> AbstractContextManager[FileEdit]:
+        """Begin a weight file, and complete what is written along with it; no file is begun twice."""
 
 
 class Cursor:
@@ -82,46 +106,104 @@ class Cursor:
         return torch.cat([positions for positions, _ in parts]), torch.cat([values for _, values in parts])
 
 
+def files_at_once(memory: int) -> int:
+    """How many weight files are rewritten at once, with ``memory`` bytes and this process's cores.
+
+    >>> files_at_once(64 << 20)
+    1
+    """
+    return min(_MOST_FILES, torch.get_num_threads(), max(1, memory // _PER_FILE))
+
+
 def rewrite(
     checkpoint: Checkpoint,
     files: Iterable[str],
     folder: Path,
-    edit: ChunkEdit,
+    change: CheckpointChange,
     chunk: int,
+    at_once: int,
     progress: Callable[[int], object],
     outline: Outline,
-    complete: Callable[[str], object],
+    complete: Callable[[str, dict[str, Any]], object],
 ) -> None:
     """Write edited weight files into ``folder``, which lacks them, under the headers of ``outline``.
 
-    ``complete`` is called with the name of each that is done and synced.
+    ``complete`` is called with name and facts of each that is done and synced, ``progress`` with the number of bytes
+    just read; neither is called twice at once.
     """
-    for name in files:
-        file = checkpoint.files[name]
-        with edit.file(name), new_descriptor(folder / name) as descriptor:
-            header, entries = outline.headers[name], outline.entries(name)
-            write_all(descriptor, 0, header)
-            for entry in file.entries.values():
-                new = entries[entry.name]
-                place = len(header) + new.start
-                wanted = edit.wants(entry.name)
+    stopped, telling, failures = Event(), Lock(), list[BaseException]()
+
+    def read(size: int) -> None:
+        with telling:
+            if stopped.is_set():
+                raise CancelledError
+            progress(size)
+
+    def work(name: str) -> None:
+        if stopped.is_set():
+            return
+        try:
+            facts = _rewrite_file(checkpoint.files[name], folder / name, change, chunk, read, outline)
+            with telling:
+                complete(name, facts)
+        except BaseException as error:  # the first one tells why; those of the others follow from it
+            failures.append(error)
+            stopped.set()
+
+    with ThreadPoolExecutor(at_once, "prosocial-rewrite") as pool:
+        try:
+            wait([pool.submit(work, name) for name in files])
+        finally:  # a signal, too
+            stopped.set()
+    if failures:
+        raise failures[0]
+
+
+def _rewrite_file(
+    file: SafetensorsFile, out: Path, change: CheckpointChange, chunk: int, told: Callable[[int], None],
+    outline: Outline,
+) -> dict[str, Any]:  # fmt: skip
+    """Read ahead of the edit and write behind it."""
+    name, buffers = out.name, Buffers()
+    header, entries = outline.headers[name], outline.entries(name)
+
+    def steps(entry: TensorEntry) -> range:
+        return range(0, entry.stop - entry.start, chunk * entry.itemsize if entry.dtype in DTYPES else _BYTES)
+
+    def reads() -> Iterator[Callable[[], Tensor]]:
+        turns = cycle(range(3))  # of the piece being read, the one being edited and the one being written
+        for entry in file.entries.values():
+            first, end = file.data_start + entry.start, file.data_start + entry.stop
+            for begin in steps(entry):
+                start, stop = first + begin, min(end, first + begin + steps(entry).step)
+                buffer = buffers.take(f"piece {next(turns)}", stop - start, torch.uint8)
+                yield partial(file.read_bytes, start, stop, buffer)
+
+    with (
+        change.file(name) as edit,
+        new_descriptor(out) as descriptor,
+        closing(ahead(reads())) as pieces,
+        ThreadPoolExecutor(1, "prosocial-behind") as behind,
+    ):
+        written = behind.submit(write_all, descriptor, 0, header)
+        for entry in file.entries.values():
+            new = entries[entry.name]
+            wanted = edit.wants(entry.name)
+            for begin in steps(entry):
+                elements = next(pieces)
+                told(elements.nbytes)
+                place = begin
                 if wanted or new.dtype != entry.dtype:
-                    starts = range(0, entry.numel, chunk)
-                    reads = (partial(file.read, entry.name, s, min(entry.numel, s + chunk)) for s in starts)
-                    for start, elements in zip(starts, ahead(reads), strict=True):
-                        progress(elements.nbytes)
-                        if wanted:
-                            elements = edit.edit_(entry.name, start, elements)
-                        elements = converted(elements, DTYPES[new.dtype], entry.name)
-                        write_all(descriptor, place + start * new.itemsize, elements)
-                    continue
-                shift = place - (first := file.data_start + entry.start)
-                for begin in range(first, file.data_start + entry.stop, _BYTES):
-                    raw = file.read_bytes(begin, min(file.data_start + entry.stop, begin + _BYTES))
-                    write_all(descriptor, begin + shift, raw)
-                    progress(raw.nbytes)
-            os.ftruncate(descriptor, outline.size(name))
-        complete(name)
+                    elements, start = elements.view(DTYPES[entry.dtype]), begin // entry.itemsize
+                    if wanted:
+                        elements = edit.edit_(entry.name, start, elements)
+                    elements = converted(elements, DTYPES[new.dtype], entry.name)
+                    place = start * new.itemsize
+                written.result()
+                written = behind.submit(write_all, descriptor, len(header) + new.start + place, elements)
+        written.result()
+        os.ftruncate(descriptor, outline.size(name))
+    return edit.facts()
 
 
 def carry(checkpoint: Checkpoint, folder: Path, outline: Outline) -> None:

@@ -24,7 +24,7 @@ from prosocial_ext import _C, cli
 from prosocial_ext.checkpoints.checkpoint import Checkpoint
 from prosocial_ext.checkpoints.errors import CheckpointError, StoppedError
 from prosocial_ext.checkpoints.outputs import joined_folder, partials
-from prosocial_ext.direg import HarmVector, apply_vector, revert_checkpoint
+from prosocial_ext.direg import HarmVector, apply_vector, checkpoint_edit, revert_checkpoint
 from prosocial_ext.direg import extract as extraction
 from prosocial_ext.direg.ranks import Ranks
 from tests.direg.files import folder_bytes, model, tuned
@@ -139,6 +139,39 @@ def test_killed_anywhere_the_same_call_writes_the_same_bytes(made: Path, name: s
             assert folder_bytes(run.out) == run.bytes
             run.check(0, overwrite=True)
         shutil.rmtree(run.out)
+
+
+@pytest.mark.parametrize("name", [*OPTIONS, "revert"])
+def test_several_shards_at_once_come_to_the_bytes_of_one_after_the_other(
+    made: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    run = Revert(made) if name == "revert" else Run(made, **OPTIONS[name])
+    (renamed,) = run.numbers("^rename ")
+    monkeypatch.setattr(checkpoint_edit, "files_at_once", lambda _: 3)
+    run.check(0)
+    for at in random.Random(name).sample(range(renamed), DRAWN):
+        shutil.rmtree(run.out)
+        kill(run, at)
+        notes = [note for left in partials(run.out) for note in (left / "aside" / "notes").glob("*")]
+        run.check(sum(note.stat().st_size > 0 for note in notes))
+
+
+def test_where_one_shard_fails_the_others_stop(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(made)
+    monkeypatch.setattr(checkpoint_edit, "files_at_once", lambda _: 3)
+    calls = iter(range(1 << 30))
+
+    def progress(size: int) -> None:
+        run.read += size
+        if (call := next(calls)) == 9:
+            raise SystemExit(143)
+        time.sleep(0.1 * (call > 9))
+
+    with pytest.raises(SystemExit):
+        run(progress=progress)
+    assert next(calls) <= 12  # a call more of each of the others
+    assert run.read < run.all_read / 2
+    run.check(sum(1 for left in partials(run.out) for _ in (left / "aside" / "notes").iterdir()))
 
 
 def test_killed_again_and_again_it_comes_to_an_end(made: Path) -> None:

@@ -28,7 +28,6 @@ void bind_chunk(py::module_& m) {
         .def_readwrite("wide_keys", &StreamChunk::wide_keys)
         .def_readwrite("edge_key", &StreamChunk::edge_key)
         .def_readwrite("edge_index", &StreamChunk::edge_index)
-        .def_readwrite("threads", &StreamChunk::threads)
         .def_readonly("kept", &StreamChunk::kept)
         .def_readonly("bad_values", &StreamChunk::bad_values)
         .def_readonly("bad_weights", &StreamChunk::bad_weights)
@@ -43,7 +42,6 @@ void bind_chunk(py::module_& m) {
     bind_address(call, "offsets", &StreamChunk::offsets);
     bind_address(call, "values", &StreamChunk::values);
     bind_address(call, "scores", &StreamChunk::scores);
-    bind_address(call, "scratch", &StreamChunk::scratch);
 }
 
 void bind_entries(py::module_& m) {
@@ -79,7 +77,6 @@ void bind_subtraction(py::module_& m) {
         .def_readwrite("wide_values", &StreamSubtraction::wide_values)
         .def_readwrite("n", &StreamSubtraction::n)
         .def_readwrite("scale", &StreamSubtraction::scale)
-        .def_readwrite("threads", &StreamSubtraction::threads)
         .def_readonly("unchanged", &StreamSubtraction::unchanged)
         .def_readonly("requested", &StreamSubtraction::requested)
         .def_readonly("effective", &StreamSubtraction::effective)
@@ -88,7 +85,6 @@ void bind_subtraction(py::module_& m) {
     bind_address(call, "positions", &StreamSubtraction::positions);
     bind_address(call, "values", &StreamSubtraction::values);
     bind_address(call, "before", &StreamSubtraction::before);
-    bind_address(call, "scratch", &StreamSubtraction::scratch);
 }
 
 }  // namespace
@@ -97,9 +93,6 @@ void pse::register_stream(py::module_& m) {
     bind_chunk(m);
     bind_entries(m);
     bind_subtraction(m);
-    m.def(
-        "stream_scratch_bytes", [](int64_t n, int threads) { return cpu().stream->scratch_bytes(n, threads); },
-        py::arg("n"), py::arg("threads"), "bytes of scratch for a chunk of n elements or entries");
     m.def(
         "stream_collect", [](StreamChunk& c) { without_gil([&] { cpu().stream->collect(c); }); }, py::arg("chunk"),
         "look at a chunk and keep what an edge holds (csrc/cpu/stream.cpp)");

@@ -1,9 +1,8 @@
 // What the streamed harm vector does to every element and entry; files, checks and memory are Python's.
 //
 // collect  one look at a chunk: difference, histogram, energy, fingerprint, and the entries at or above an edge.
-//          Tasks of fixed size write what they keep at their own place in the buffers; it is moved together at the end,
-//          so the order and every sum depend on the chunk alone.
 // the rest the same data as entries, on their way into and out of a file.
+// All of it runs in the caller's thread: callers work on several chunks at once.
 #include "cpu/stream.h"
 
 #include <type_traits>
@@ -11,29 +10,14 @@
 #include "cpu/at_least.h"
 #include "cpu/convert.h"
 #include "cpu/lanes.h"
-#include "cpu/parallel.h"
 
 namespace pse {
 namespace PSE_ISA {
 
-constexpr int64_t kTask = 1 << 14;  // elements per task: 64 of them in a chunk of 2^20
+constexpr int64_t kPart = 1 << 14;  // elements whose sums are added up by themselves: short sums lose fewer bits
 constexpr int kBlock = 1024;        // elements per working buffer: all buffers stay in L1
-constexpr int kBins = 1 << 16;
-constexpr int kLanes = 8;         // partial sums of squares, whatever the instruction set
-constexpr int kMostGapBytes = 7;  // 49 bits: tensors have at most 2^48 elements
-
-// What a task found.
-struct Found {
-    int64_t kept, bad_values, bad_weights, bad_scores;
-    uint64_t word_sum;
-    double energy, effect, smallest;
-};
-
-static int64_t num_tasks(int64_t n) { return (n + kTask - 1) / kTask; }
-
-static int64_t scratch_bytes(int64_t n, int threads) {
-    return num_tasks(n) * int64_t(sizeof(Found)) + int64_t(threads) * kBins * int64_t(sizeof(uint32_t));
-}
+constexpr int kLanes = 8;           // partial sums of squares, whatever the instruction set
+constexpr int kMostGapBytes = 7;    // 49 bits: tensors have at most 2^48 elements
 
 // ---- sums
 
@@ -118,16 +102,14 @@ static inline __attribute__((always_inline)) void put_kept(uint32_t mask, const 
 
 // ---- collect
 
-// The part of the chunk that one task looks at.
 template <class Real, class Key>
-static Found collect_task(const StreamChunk& chunk, int64_t begin, int64_t end, uint32_t* histogram) {
+static void collect_part(StreamChunk& chunk, int64_t begin, int64_t end) {
     constexpr int kShift = int(sizeof(Key)) * 8 - 16;
     const Bound<Key> edge = {Key(chunk.edge_key), chunk.edge_index};
-    Found found = {};
     Lanes squares = {}, effects = {};
-    int32_t* offsets = chunk.offsets + begin;
-    Real* values = static_cast<Real*>(chunk.values) + begin;
-    Real* scores = static_cast<Real*>(chunk.scores) + (chunk.importance != nullptr ? begin : 0);
+    int32_t* offsets = chunk.offsets;
+    Real* values = static_cast<Real*>(chunk.values);
+    Real* scores = static_cast<Real*>(chunk.scores);
     Real value[kBlock], other[kBlock];
     Key key[kBlock];
     int32_t offset[kGroup];
@@ -144,8 +126,8 @@ static Found collect_task(const StreamChunk& chunk, int64_t begin, int64_t end, 
             score_key(value[i], &key[i]);
             bad += Key(key[i] >= KeyTraits<Key>::infinity);
         }
-        found.bad_values += int64_t(bad);
-        for (int i = 0; i < n; ++i) ++histogram[key[i] >> kShift];
+        chunk.bad_values += int64_t(bad);
+        for (int i = 0; i < n; ++i) ++chunk.histogram[key[i] >> kShift];
         for (int i = n; i < whole; ++i) {
             value[i] = 0;
             key[i] = 0;  // below every entry's
@@ -164,8 +146,8 @@ static Found collect_task(const StreamChunk& chunk, int64_t begin, int64_t end, 
                 bad_scores += Key(score >= KeyTraits<Key>::infinity);
                 key[i] = chunk.by_score ? score : key[i];
             }
-            found.bad_weights += int64_t(bad_weights);
-            found.bad_scores += int64_t(bad_scores);
+            chunk.bad_weights += int64_t(bad_weights);
+            chunk.bad_scores += int64_t(bad_scores);
             for (int i = n; i < whole; ++i) other[i] = 0;
             add_sizes(other, whole, &effects);
         }
@@ -173,55 +155,27 @@ static Found collect_task(const StreamChunk& chunk, int64_t begin, int64_t end, 
             const uint32_t mask = held(key + i, edge, start + i);
             if (mask == 0) continue;
             for (int k = 0; k < kGroup; ++k) offset[k] = int32_t(start) + i + k;
-            put_kept(mask, offset, offsets + found.kept);
-            put_kept(mask, value + i, values + found.kept);
-            if (chunk.importance != nullptr) put_kept(mask, other + i, scores + found.kept);
-            found.kept += __builtin_popcount(mask);
+            put_kept(mask, offset, offsets + chunk.kept);
+            put_kept(mask, value + i, values + chunk.kept);
+            if (chunk.importance != nullptr) put_kept(mask, other + i, scores + chunk.kept);
+            chunk.kept += __builtin_popcount(mask);
         }
     }
     if (chunk.base != nullptr) {
-        const int64_t size = dtype_size(DType(chunk.base_dtype));  // tasks begin at whole words
-        found.word_sum = word_sum(static_cast<const char*>(chunk.base) + begin * size, (end - begin) * size);
+        const int64_t size = dtype_size(DType(chunk.base_dtype));  // parts begin at whole words
+        chunk.word_sum += word_sum(static_cast<const char*>(chunk.base) + begin * size, (end - begin) * size);
     }
-    found.energy = total(squares);
-    found.effect = total(effects);
-    return found;
+    chunk.energy += total(squares);
+    chunk.effect += total(effects);
 }
 
 template <class Real, class Key>
 static void collect_as(StreamChunk& chunk) {
-    const int64_t tasks = num_tasks(chunk.n);
-    Found* found = static_cast<Found*>(chunk.scratch);
-    uint32_t* histograms = reinterpret_cast<uint32_t*>(found + tasks);
-    __builtin_memset(histograms, 0, size_t(chunk.threads) * kBins * sizeof(uint32_t));
-    parallel_for_with_thread(tasks, chunk.threads, [&](int64_t task, int thread) {
-        const int64_t end = (task + 1) * kTask < chunk.n ? (task + 1) * kTask : chunk.n;
-        found[task] = collect_task<Real, Key>(chunk, task * kTask, end, histograms + int64_t(thread) * kBins);
-    });
-    for (int thread = 0; thread < chunk.threads; ++thread)
-        for (int bin = 0; bin < kBins; ++bin) chunk.histogram[bin] += histograms[int64_t(thread) * kBins + bin];
     chunk.kept = chunk.bad_values = chunk.bad_weights = chunk.bad_scores = 0;
     chunk.energy = chunk.effect = 0;
     chunk.word_sum = 0;
-    Real* values = static_cast<Real*>(chunk.values);
-    Real* scores = static_cast<Real*>(chunk.scores);
-    for (int64_t task = 0; task < tasks; ++task) {
-        const Found& f = found[task];
-        const int64_t from = task * kTask;
-        if (from != chunk.kept) {
-            __builtin_memmove(chunk.offsets + chunk.kept, chunk.offsets + from, size_t(f.kept) * sizeof(int32_t));
-            __builtin_memmove(values + chunk.kept, values + from, size_t(f.kept) * sizeof(Real));
-            if (chunk.importance != nullptr)
-                __builtin_memmove(scores + chunk.kept, scores + from, size_t(f.kept) * sizeof(Real));
-        }
-        chunk.kept += f.kept;
-        chunk.bad_values += f.bad_values;
-        chunk.bad_weights += f.bad_weights;
-        chunk.bad_scores += f.bad_scores;
-        chunk.energy += f.energy;
-        chunk.effect += f.effect;
-        chunk.word_sum += f.word_sum;
-    }
+    for (int64_t begin = 0; begin < chunk.n; begin += kPart)
+        collect_part<Real, Key>(chunk, begin, begin + kPart < chunk.n ? begin + kPart : chunk.n);
 }
 
 static void collect(StreamChunk& chunk) {
@@ -500,29 +454,30 @@ static inline void round_to(double x, float* out) { *out = float(x); }
 static inline void round_to(double x, bf16_t* out) { store_element(float(x), out); }  // by way of fp32, as torch
 static inline void round_to(double x, f16_t* out) { store_element(float(x), out); }
 
+static inline float magnitude_of(float x) { return __builtin_fabsf(x); }
+static inline double magnitude_of(double x) { return __builtin_fabs(x); }
+
 // Gathered into blocks, edited there by vectors, put back.
 template <class Real, class T, class V>
-static Found subtract_task(const StreamSubtraction& edit, int64_t begin, int64_t end) {
+static void subtract_part(StreamSubtraction& edit, int64_t begin, int64_t end) {
     T* elements = static_cast<T*>(edit.elements) - edit.first;
     T* before = static_cast<T*>(edit.before);
     const V* values = static_cast<const V*>(edit.values);
     const Real scale = Real(edit.scale);
-    Found found = {};
     Lanes requested = {}, effective = {};
-    Real old[kBlock], moved[kBlock], delta[kBlock];
+    Real old[kBlock], moved[kBlock];
     double wished[kBlock], size[kBlock];
     T rounded[kBlock];
-    double smallest[kLanes];
-    for (int k = 0; k < kLanes; ++k) smallest[k] = __builtin_inf();
+    V smallest[kLanes];
+    for (int k = 0; k < kLanes; ++k) smallest[k] = V(__builtin_inf());
     for (int64_t start = begin; start < end; start += kBlock) {
         const int n = int(end - start < kBlock ? end - start : kBlock);
         const int whole = (n + kLanes - 1) / kLanes * kLanes;
         for (int i = 0; i < n; ++i) before[start + i] = elements[edit.positions[start + i]];
         load_block(before + start, n, old);
         for (int i = 0; i < n; ++i) {
-            delta[i] = Real(values[start + i]);
             wished[i] = double(values[start + i]) * edit.scale;
-            round_to(sub_rn(old[i], mul_rn(scale, delta[i])), &rounded[i]);
+            round_to(sub_rn(old[i], mul_rn(scale, Real(values[start + i]))), &rounded[i]);
         }
         load_block(rounded, n, moved);
         int64_t same = 0;
@@ -530,54 +485,48 @@ static Found subtract_task(const StreamSubtraction& edit, int64_t begin, int64_t
             same += moved[i] == old[i];
             size[i] = double(moved[i]) - double(old[i]);
         }
-        found.kept += same;
+        edit.unchanged += same;
         for (int i = 0; i < n; ++i) elements[edit.positions[start + i]] = rounded[i];
         for (int i = n; i < whole; ++i) wished[i] = size[i] = 0;
         add_squares(wished, whole, &requested);
         add_squares(size, whole, &effective);
-        for (int i = 0; i < n; ++i) {
-            const double magnitude = __builtin_fabs(double(values[start + i]));
-            smallest[i % kLanes] = magnitude < smallest[i % kLanes] ? magnitude : smallest[i % kLanes];
-        }
+        const auto look = [&](int i, int k) {
+            const V magnitude = magnitude_of(values[start + i + k]);
+            smallest[k] = magnitude < smallest[k] ? magnitude : smallest[k];
+        };
+        int i = 0;
+        for (; i + kLanes <= n; i += kLanes)
+            for (int k = 0; k < kLanes; ++k) look(i, k);
+        for (int k = 0; i + k < n; ++k) look(i, k);
     }
-    found.energy = total(requested);
-    found.effect = total(effective);
-    found.smallest = smallest[0];
-    for (int k = 1; k < kLanes; ++k) found.smallest = smallest[k] < found.smallest ? smallest[k] : found.smallest;
-    return found;
+    edit.requested += total(requested);
+    edit.effective += total(effective);
+    for (int k = 0; k < kLanes; ++k) edit.smallest = smallest[k] < edit.smallest ? double(smallest[k]) : edit.smallest;
 }
 
 // fp64 throughout where the elements or the values are.
 template <class T>
-static Found subtract_part(const StreamSubtraction& edit, int64_t begin, int64_t end) {
-    if (edit.wide_values) return subtract_task<double, T, double>(edit, begin, end);
-    if constexpr (sizeof(T) == 8)
-        return subtract_task<double, T, float>(edit, begin, end);
-    else
-        return subtract_task<float, T, float>(edit, begin, end);
-}
-
-static void subtract(StreamSubtraction& edit) {
-    Found* found = static_cast<Found*>(edit.scratch);
-    const int64_t tasks = num_tasks(edit.n);
-    parallel_for(tasks, edit.threads, [&](int64_t task) {
-        const int64_t begin = task * kTask;
-        const int64_t end = begin + kTask < edit.n ? begin + kTask : edit.n;
-        switch (DType(edit.dtype)) {
-            case DType::f32: found[task] = subtract_part<float>(edit, begin, end); break;
-            case DType::f64: found[task] = subtract_part<double>(edit, begin, end); break;
-            case DType::f16: found[task] = subtract_part<f16_t>(edit, begin, end); break;
-            case DType::bf16: found[task] = subtract_part<bf16_t>(edit, begin, end); break;
-        }
-    });
+static void subtract_as(StreamSubtraction& edit) {
     edit.unchanged = 0;
     edit.requested = edit.effective = 0;
     edit.smallest = __builtin_inf();
-    for (int64_t task = 0; task < tasks; ++task) {
-        edit.unchanged += found[task].kept;
-        edit.requested += found[task].energy;
-        edit.effective += found[task].effect;
-        edit.smallest = found[task].smallest < edit.smallest ? found[task].smallest : edit.smallest;
+    for (int64_t begin = 0; begin < edit.n; begin += kPart) {
+        const int64_t end = begin + kPart < edit.n ? begin + kPart : edit.n;
+        if (edit.wide_values)
+            subtract_part<double, T, double>(edit, begin, end);
+        else if constexpr (sizeof(T) == 8)
+            subtract_part<double, T, float>(edit, begin, end);
+        else
+            subtract_part<float, T, float>(edit, begin, end);
+    }
+}
+
+static void subtract(StreamSubtraction& edit) {
+    switch (DType(edit.dtype)) {
+        case DType::f32: return subtract_as<float>(edit);
+        case DType::f64: return subtract_as<double>(edit);
+        case DType::f16: return subtract_as<f16_t>(edit);
+        case DType::bf16: return subtract_as<bf16_t>(edit);
     }
 }
 
@@ -621,9 +570,9 @@ static int all_finite(const void* data, int dtype, int64_t n) {
 }
 
 extern const StreamKernels stream_kernels;
-const StreamKernels stream_kernels = {scratch_bytes, collect,   subtract,    measure,     keep,     add_digits,
-                                      find_ties,     gap_bytes, encode_gaps, decode_gaps, set_bits, count_bits,
-                                      get_bits,      word_sum,  sum_squares, all_finite};
+const StreamKernels stream_kernels = {collect,    subtract,  measure,     keep,        add_digits,
+                                      find_ties,  gap_bytes, encode_gaps, decode_gaps, set_bits,
+                                      count_bits, get_bits,  word_sum,    sum_squares, all_finite};
 
 }  // namespace PSE_ISA
 }  // namespace pse

@@ -6,7 +6,7 @@
 
 namespace pse {
 
-// One chunk of a tensor that is looked at once. Buffers have room for n elements, rounded up to 32.
+// One chunk of a tensor that is looked at once. Buffers have room for 32 more than n elements.
 struct StreamChunk {
     const void *base, *tuned;  // base may be null: tuned holds the differences
     const void* importance;    // may be null
@@ -20,9 +20,7 @@ struct StreamChunk {
     int64_t* histogram;     // [65536], the differences' magnitudes are added: the upper 16 bits of their keys
     int32_t* offsets;       // of the kept, ascending
     void *values, *scores;  // of the kept: differences, and those times importance where there is one
-    void* scratch;          // scratch_bytes()
-    int threads;
-    // Found. Sums are added in a fixed order: the same bits for every thread count and instruction set.
+    // Found. Sums are added in a fixed order: the same bits for every instruction set.
     int64_t kept, bad_values, bad_weights, bad_scores;  // bad: not finite; weights also: negative
     double energy, effect;                              // of squared differences; of |difference * importance|
     uint64_t word_sum;                                  // of base, see word_sum below
@@ -56,16 +54,13 @@ struct StreamSubtraction {
     int wide_values;  // values are float64
     int64_t n;
     double scale;
-    void* before;   // [n] of the elements' dtype: what was overwritten
-    void* scratch;  // scratch_bytes()
-    int threads;
+    void* before;                 // [n] of the elements' dtype: what was overwritten
     int64_t unchanged;            // found: rounded to what they were
     double requested, effective;  // squared norms of the edit, as computed and as rounded
     double smallest;              // magnitude of a value
 };
 
 struct StreamKernels {
-    int64_t (*scratch_bytes)(int64_t n, int threads);
     void (*collect)(StreamChunk& chunk);
     void (*subtract)(StreamSubtraction& edit);
 

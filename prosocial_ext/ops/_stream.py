@@ -91,7 +91,6 @@ class Collector:
 
     Args:
         wide: Some tensor of the stream is float64; the histogram's bins are then those of float64 keys.
-        threads: Per chunk. With more chunks at once it is better 1: team-mates that wait spin on a core.
 
     >>> base, tuned = torch.zeros(4), torch.tensor([3.0, 0.0, -4.0, 1.0])
     >>> looked = Collector(wide=False).look(base, tuned, None, torch.float32, Edge(0x40000001, -1, False))
@@ -99,9 +98,9 @@ class Collector:
     ([0, 2], [3.0, -4.0], 26.0)
     """
 
-    def __init__(self, wide: bool, threads: int = 1) -> None:
+    def __init__(self, wide: bool) -> None:
         self.histogram = torch.zeros(1 << 16, dtype=torch.int64, device="cpu")
-        self._wide, self._threads, self._buffers = wide, threads, Buffers()
+        self._wide, self._buffers = wide, Buffers()
 
     def look(
         self, base: Tensor | None, tuned: Tensor, importance: Tensor | None, dtype: torch.dtype, edge: Edge,
@@ -117,13 +116,12 @@ class Collector:
             edge: What is kept.
             by_effect: Where there is importance, entries are ranked by their effects, else by their differences.
         """
-        n, threads, take = len(tuned), self._threads, self._buffers.take
+        n, take = len(tuned), self._buffers.take
         base, tuned = None if base is None else base.contiguous(), tuned.contiguous()
         weights = None if importance is None else importance.contiguous()
         room = n + _SLACK
         offsets, values = take("offsets", room, torch.int32), take("values", room, dtype)
         effects = None if weights is None else take("effects", room, dtype)
-        scratch = take("scratch", _C.stream_scratch_bytes(n, threads), torch.uint8)
         place = edge.widened(self._wide)
         chunk = _C.StreamChunk()
         if base is not None:
@@ -135,7 +133,6 @@ class Collector:
         chunk.n, chunk.wide, chunk.wide_keys = n, dtype == torch.float64, self._wide
         chunk.edge_key, chunk.edge_index = _key(place.key, place.wide), place.index
         chunk.histogram, chunk.offsets, chunk.values = (t.data_ptr() for t in (self.histogram, offsets, values))
-        chunk.scratch, chunk.threads = scratch.data_ptr(), threads
         _C.stream_collect(chunk)
         return Looked(
             offsets[: chunk.kept],
@@ -268,7 +265,7 @@ class Subtracted:
 
 
 def subtract_(
-    elements: Tensor, first: int, positions: Tensor, values: Tensor, scale: float, buffers: Buffers, threads: int = 1
+    elements: Tensor, first: int, positions: Tensor, values: Tensor, scale: float, buffers: Buffers
 ) -> Subtracted:
     """Subtract ``scale * values`` at ``positions`` from the chunk ``elements`` that begins at element ``first``.
 
@@ -282,11 +279,10 @@ def subtract_(
     n = len(positions)
     positions, values = positions.contiguous(), values.contiguous()
     before = buffers.take("before", n, elements.dtype)
-    scratch = buffers.take("scratch", _C.stream_scratch_bytes(n, 0), torch.uint8)
     edit = _C.StreamSubtraction()
     edit.elements, edit.dtype, edit.first = elements.data_ptr(), _native.DTYPE_TAG[elements.dtype], first
     edit.positions, edit.values, edit.n = positions.data_ptr(), values.data_ptr(), n
     edit.wide_values, edit.scale = values.dtype == torch.float64, scale
-    edit.before, edit.scratch, edit.threads = before.data_ptr(), scratch.data_ptr(), threads
+    edit.before = before.data_ptr()
     _C.stream_subtract(edit)
     return Subtracted(before, edit.unchanged, edit.requested, edit.effective, edit.smallest)

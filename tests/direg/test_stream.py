@@ -27,13 +27,10 @@ def drawn(n: int, dtype: torch.dtype, seed: int) -> Tensor:
 # ---- one look at a chunk
 
 
-@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("n", [0, 1, 33, 1025, 16_384, 40_001])
 @pytest.mark.parametrize("weighted", [False, True], ids=["magnitude", "importance"])
 @pytest.mark.parametrize(("one", "other"), list(product(DTYPES, DTYPES)), ids=str)
-def test_a_look_finds_what_torch_finds(
-    one: torch.dtype, other: torch.dtype, weighted: bool, n: int, threads: int
-) -> None:
+def test_a_look_finds_what_torch_finds(one: torch.dtype, other: torch.dtype, weighted: bool, n: int) -> None:
     base, tuned = drawn(n, one, 0), drawn(n, other, 1)
     importance = drawn(n, torch.float32, 2).abs() if weighted else None
     wide = torch.float64 in (one, other)
@@ -49,7 +46,7 @@ def test_a_look_finds_what_torch_finds(
         (middle, 1 << 62),
         (int(ranks.max()) + 1 if n else 1, 5),
     ):
-        collector = stream.Collector(wide, threads)
+        collector = stream.Collector(wide)
         edge = stream.Edge(key, index, wide)
         looked = collector.look(base, tuned, importance, dtype, edge)
         held = (ranks > key) | (ranks == key) & (torch.arange(n) <= index)
@@ -93,13 +90,13 @@ def test_word_sums_begin_anywhere(dtype: torch.dtype, offset: int) -> None:
     assert stream.word_sum(elements) == words(elements)
 
 
-def test_the_energy_has_the_same_bits_for_every_thread_count_and_set() -> None:
+def test_the_energy_has_the_same_bits_for_every_instruction_set() -> None:
     generator = torch.Generator().manual_seed(0)
     base, tuned = torch.randn(100_003, generator=generator), torch.randn(100_003, generator=generator)
     found, isa = set(), _C.isa()
-    for name, threads in product(_C.available_isas(), (1, 2, 5)):
+    for name in _C.available_isas():
         _C._set_isa(name)
-        collector = stream.Collector(False, threads)
+        collector = stream.Collector(False)
         found.add(collector.look(base, tuned, None, torch.float32, stream.EVERYTHING).energy)
     _C._set_isa(isa)
     assert len(found) == 1
@@ -212,12 +209,9 @@ def test_digits_below_a_prefix_are_counted(wide: bool) -> None:
     assert stream.find_ties(scores, wide, prefix ^ 1, most=1)[0] == int((keys(scores, wide) == prefix ^ 1).any())
 
 
-@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("scale", [1.0, -0.3, 0.0])
 @pytest.mark.parametrize(("dtype", "real"), list(product(DTYPES, (torch.float32, torch.float64))), ids=str)
-def test_a_subtraction_has_the_bits_of_the_op(
-    dtype: torch.dtype, real: torch.dtype, scale: float, threads: int
-) -> None:
+def test_a_subtraction_has_the_bits_of_the_op(dtype: torch.dtype, real: torch.dtype, scale: float) -> None:
     generator = torch.Generator().manual_seed(0)
     for n in (1, 9, 40_000):
         elements = torch.randn(n, generator=generator).to(dtype)
@@ -226,7 +220,7 @@ def test_a_subtraction_has_the_bits_of_the_op(
         theirs, before = elements.clone(), elements[positions]
         delta = reference.SparseDelta(positions, values, torch.tensor([len(positions)]), values[:1], ((n,),), (real,))
         edit = reference.sparse_subtract_(theirs, delta, scale=scale)
-        done = stream.subtract_(elements, 2**33, positions + 2**33, values, scale, stream.Buffers(), threads)
+        done = stream.subtract_(elements, 2**33, positions + 2**33, values, scale, stream.Buffers())
         assert_same_bits(elements, theirs)
         assert_same_bits(done.before, before)
         assert done.unchanged == int(edit.unchanged.sum())

@@ -35,16 +35,8 @@ from prosocial_ext.direg.widths import SIXTEEN, narrow, widen
 from prosocial_ext.ops._stream import Buffers
 
 __all__ = [
-    "RECORDS",
-    "CheckpointChange",
-    "Cursor",
-    "FileEdit",
-    "carry",
-    "converted",
-    "files_at_once",
-    "rewrite",
-    "write_json",
-]
+    "RECORDS", "CheckpointChange", "Cursor", "FileEdit", "carry", "converted", "files_at_once", "rewrite", "write_json",
+]  # fmt: skip
 
 RECORDS = "direg"  # the folder of recipe and undo record: loaders that take every *.safetensors do not look there
 _BYTES = 1 << 23

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,7 +20,14 @@ import torch
 from prosocial_ext import _C
 from prosocial_ext.checkpoints.checkpoint import Checkpoint
 from prosocial_ext.checkpoints.journal import Journal
-from prosocial_ext.checkpoints.outputs import Partial, joined_folder, resumable_folder, sync_folder
+from prosocial_ext.checkpoints.outputs import (
+    Partial,
+    clean_folder,
+    is_folder,
+    joined_folder,
+    resumable_folder,
+    sync_folder,
+)
 from prosocial_ext.direg.outline import Outline
 from prosocial_ext.direg.ranks import ALONE, Ranks
 from prosocial_ext.direg.rewrite import RECORDS
@@ -65,7 +71,7 @@ class Work:
     def look(self, outline: Outline) -> int:
         """Note what is complete, and return how many files that is."""
         self.notes = {}
-        if not all(_is_folder(folder) or not os.path.lexists(folder) for folder in self._folders()):
+        if not all(is_folder(folder) or not os.path.lexists(folder) for folder in self._folders()):
             return 0
         notes = {name: self._journal.read(name) for name in outline.headers}
         whole = {name: note for name, note in notes.items() if note and _is_file(self.made / name, outline.size(name))}
@@ -77,12 +83,7 @@ class Work:
         joined = any(note["part"] and not (self.parts / name).exists() for name, note in self.notes.items())
         keep = [{*self.notes, RECORDS}, {Path(UNDO).name} if joined else set(), self.notes, self.notes]
         for folder, kept in zip(self._folders(), keep, strict=True):
-            if not _is_folder(folder):
-                folder.unlink(missing_ok=True)
-                folder.mkdir()
-            for place in folder.iterdir():
-                if place.name not in kept:
-                    shutil.rmtree(place) if _is_folder(place) else place.unlink()
+            clean_folder(folder, kept)
 
     def _is_recorded(self, file: str, part: str | None) -> bool:
         """Whether the undo record has its part, or already is what that went into."""
@@ -147,10 +148,6 @@ def working_folder(
             work.notes = notes
         yield work
     ranks.gather(None)  # the folder is there
-
-
-def _is_folder(place: Path) -> bool:
-    return place.is_dir() and not place.is_symlink()
 
 
 def _is_file(place: Path, size: int) -> bool:

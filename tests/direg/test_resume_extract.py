@@ -144,6 +144,17 @@ def test_killed_anywhere_the_same_call_writes_the_same_bytes(made: Path, name: s
         run.out.unlink()
 
 
+def test_what_a_note_vouches_for_is_on_the_disk_before_it(made: Path) -> None:
+    run = Run(made)
+    for note in run.notes:
+        before = [what for what in run.changes[:note] if what.endswith("/spill")]
+        assert before[-1].startswith("fsync ")
+        assert run.changes[note + 1].startswith("fsync ")
+        assert run.changes[note + 1].split("/")[-1] == run.changes[note].split("/")[-1]
+        assert run.changes[note + 2].startswith("fsync ")
+        assert run.changes[note + 2].endswith("/notes")
+
+
 def test_killed_when_all_is_done_but_to_tidy_up(made: Path) -> None:
     run = Run(made)
     kill(run, run.numbers("^rename ")[-1] + 1)
@@ -168,11 +179,11 @@ def test_killed_again_and_again_it_comes_to_an_end(made: Path) -> None:
 
 @pytest.mark.parametrize("scope", ["global", "per_layer"])
 def test_the_unlucky_path_goes_on_too(made: Path, scope: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = Run(made, scope=scope).bytes
+    expected = Run(made, scope=scope, density=0.05).bytes
     monkeypatch.setattr(extraction, "_edge", lambda work, group, m, wide, team: nothing(wide))
-    run = Run(made, scope=scope)
+    run = Run(made, scope=scope, density=0.05)
     assert run.bytes == expected
-    for at in (run.notes[1] + 1, run.notes[-1] + 1, run.numbers("pwrite .*/spill")[-1], run.numbers("^rename ")[-1]):
+    for at in (*(note + 1 for note in run.notes), run.numbers("pwrite .*/spill")[-1], run.numbers("^rename ")[-1]):
         kill(run, at)
         run(overwrite=True)
         assert run.taken[0] > 0
@@ -459,6 +470,15 @@ def test_what_is_not_known_is_removed(made: Path) -> None:
     for name in ("stray", "notes/stray", "notes/7", "../stray", "../1"):
         (left / name).write_text("not this")
     (left / "notes" / "folder").mkdir()
+    there: set[str] = set()
+    with pytest.raises(SystemExit):
+        run(
+            progress=lambda size: (
+                there.update(str(p.relative_to(left.parent)) for p in left.parent.rglob("*")),
+                sys.exit(),
+            )
+        )
+    assert there == {"0", "0/spill", "0/notes", "0/notes/0", "0/notes/1", "0/notes/2"}
     run.check(sum(parts))
 
 

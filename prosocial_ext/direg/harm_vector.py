@@ -26,16 +26,16 @@ from prosocial_ext.direg.adapter import Adapter, open_side
 from prosocial_ext.direg.arithmetic import VALUES, round_values, write_sum
 from prosocial_ext.direg.controls import against_benign, check_one_control
 from prosocial_ext.direg.cut import Cut, ScoredBlock, find_cut
-from prosocial_ext.direg.extract import DEFAULT_MEMORY, Progress, chunk_elements, extract
+from prosocial_ext.direg.extract import DEFAULT_MEMORY, Progress, chunk_elements, extract, plan_groups
 from prosocial_ext.direg.harm_stats import HarmVectorStats, ModuleStats
 from prosocial_ext.direg.live import LiveEdit, subtract_live
-from prosocial_ext.direg.low_rank import write_low_rank
+from prosocial_ext.direg.low_rank import plan_ranks, write_low_rank
 from prosocial_ext.direg.models import Weights
 from prosocial_ext.direg.pairing import Pairs, groups, pair_models, pair_side
 from prosocial_ext.direg.ranks import ALONE, Ranks
 from prosocial_ext.direg.read_notes import ReadNotes
 from prosocial_ext.direg.resume import Resumed, job_of, working_file
-from prosocial_ext.direg.rules import default_density
+from prosocial_ext.direg.rules import choose_rule, default_density
 from prosocial_ext.direg.sharing import VECTOR, push_vector, save_vector
 from prosocial_ext.direg.sparse_file import Block, Measure, SparseReader, SparseTensor, SparseWriter
 from prosocial_ext.ops._stream import sum_squares
@@ -532,6 +532,7 @@ class HarmVector:
         """Of the file ``out``, which all ranks write together."""
         check.choice("values", values, VALUES)
         check_output(out, overwrite=overwrite, folder=False)
+        _check_selection(pairs, arguments)  # a slip must not cost what a stopped run has left
         ranks: Ranks = arguments["ranks"]
         with working_file(out, job, overwrite=overwrite, resume=resume, ranks=ranks) as (partial, notes):
 
@@ -591,6 +592,16 @@ def _extract(
         write_low_rank(pairs, descriptor, recipe=recipe, **others)
     else:
         extract(pairs, descriptor, folder, recipe=recipe, notes=notes, resumed=resumed, **arguments)
+
+
+def _check_selection(pairs: Pairs, arguments: Mapping[str, Any]) -> None:
+    """Raise the errors of `_extract` that need no read."""
+    rule, of = arguments["rule"], {key: arguments[key] for key in ("m", "density", "scope")}
+    choose_rule(rule, arguments["seed"], any(pair.importance is not None for pair in pairs.pairs))
+    if rule == "low_rank":
+        plan_ranks(pairs, **of, memory=arguments["memory"], ranks=arguments["ranks"])
+    else:
+        plan_groups(pairs, **of)
 
 
 def check_scope_and_globs(scope: str, include: Sequence[str], exclude: Sequence[str]) -> None:

@@ -317,6 +317,20 @@ def test_another_call_begins_afresh(made: Path, more: dict[str, Any]) -> None:
     assert not partials(run.out)
 
 
+@pytest.mark.parametrize(
+    "slip",
+    [{"density": None, "m": 1 << 40}, {"density": 2.0}, {"rule": "saliency"}, {"rule": "dare", "seed": -1},
+     {"rule": "low_rank", "scope": "per_layer"}, {"values": "int4"}, {"memory": 1}, {"base": "nowhere"}],
+    ids=str,
+)  # fmt: skip
+def test_a_slip_costs_nothing(made: Path, slip: dict[str, Any]) -> None:
+    run = Run(made)
+    left = run.stop()
+    with pytest.raises(ValueError):
+        run(**slip)
+    run.check(sum(noted(left)))
+
+
 @pytest.mark.parametrize("file", ["base/model-00002-of-00006", "harm/model", "benign/model", "importance/model"])
 def test_a_file_that_was_written_to_begins_afresh(made: Path, file: str) -> None:
     run = Run(made, importance="importance", minus="benign")

@@ -2,10 +2,11 @@
 
 What an error interrupts is removed; a process killed outright leaves a hidden ".NAME.*.partial" behind, and no output.
 The next one to make NAME removes that, or goes on with it if it can tell that all in it is its own work
-(`resumable_folder`). A partial one whose maker lives is locked (flock, which ends with the process) and left alone.
+(`resumable_folder`, `resumable_file`). A partial one whose maker lives is locked (flock, which ends with the process)
+and left alone.
 
-A partial folder holds three things: ``made`` becomes the output; ``aside`` is what its makers must know until then;
-``lock`` is a file because network file systems lock nothing else.
+A partial folder holds three things: ``made``, a folder or a file, becomes the output; ``aside`` is what its makers must
+know until then; ``lock`` is a file because network file systems lock nothing else.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +25,8 @@ from pathlib import Path
 from prosocial_ext.checkpoints.errors import StoppedError, refuse
 
 __all__ = [
-    "Partial", "check_output", "check_outside", "joined_folder", "new_descriptor", "new_file", "new_folder", "partials",
-    "resumable_folder", "sync_folder",
+    "Partial", "check_output", "check_outside", "clean_folder", "is_folder", "joined_folder", "new_descriptor",
+    "new_file", "new_folder", "partials", "resumable_file", "resumable_folder", "sync_folder",
 ]  # fmt: skip
 
 _REMEDY = "Name another output, or allow it with overwrite=True (--overwrite)."
@@ -104,7 +105,7 @@ class Partial:
 
     @property
     def made(self) -> Path:
-        """The folder that becomes the output."""
+        """What becomes the output."""
         return self.place / "made"
 
     @property
@@ -163,34 +164,35 @@ def resumable_folder(
     ...     [file.name for file in partial.made.iterdir()]
     ['b']
     """
-    check_output(path, overwrite=overwrite, folder=True)
-    partial, lock = _taken_over(path, worth if resume else lambda _: 0) or _fresh(path)
-    try:
+    with _resumable(path, worth, overwrite, resume, folder=True) as partial:
         yield partial
-        made = partial.made
-        made.chmod(0o777 & ~_umask())
-        for folder, _, _ in os.walk(made):
-            sync_folder(Path(folder))
-        check_output(path, overwrite=overwrite, folder=True)
-        if path.exists():
-            former = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".former", dir=path.parent))
-            os.rename(path, former)
-            try:
-                os.rename(made, path)
-            except BaseException:
-                os.rename(former, path)
-                raise
-            shutil.rmtree(former)
-        else:
-            os.rename(made, path)
-    except BaseException as error:
-        if isinstance(error, _FROM_OUTSIDE) and _worth(partial, worth):
-            os.close(lock)
-        else:
-            _remove(partial.place, lock)
-        raise
-    _remove(partial.place, lock)
-    sync_folder(path.parent)
+
+
+@contextmanager
+def resumable_file(
+    path: Path, worth: Callable[[Partial], int], *, overwrite: bool = False, resume: bool = True
+) -> Iterator[Partial]:
+    """Yield a folder as `resumable_folder` does, in which ``made`` is a file: empty, or as a stopped run left it.
+
+    The block writes that file anew, with what it keeps in ``aside``, and syncs it.
+
+    >>> place = Path(tempfile.mkdtemp()) / "a"
+    >>> def written(partial: Partial) -> int:
+    ...     return len(list(partial.aside.iterdir()))
+    >>> try:
+    ...     with resumable_file(place, written) as partial:
+    ...         _ = (partial.aside / "b").write_text("complete")
+    ...         raise SystemExit
+    ... except SystemExit:
+    ...     place.exists()
+    False
+    >>> with resumable_file(place, written) as partial:
+    ...     _ = partial.made.write_text((partial.aside / "b").read_text())
+    >>> place.read_text(), partials(place)
+    ('complete', [])
+    """
+    with _resumable(path, worth, overwrite, resume, folder=False) as partial:
+        yield partial
 
 
 @contextmanager
@@ -235,6 +237,29 @@ def new_descriptor(path: Path, *, may_exist: bool = False) -> Iterator[int]:
         os.close(descriptor)
 
 
+def is_folder(path: Path) -> bool:
+    """Whether a folder itself, and no link to one, lies there."""
+    return path.is_dir() and not path.is_symlink()
+
+
+def clean_folder(path: Path, keep: Collection[str] = ()) -> None:
+    """Make it a folder that holds nothing but what is named, following no link.
+
+    >>> place = Path(tempfile.mkdtemp())
+    >>> (place / "a").touch(), (place / "b").mkdir()
+    (None, None)
+    >>> clean_folder(place, {"a"})
+    >>> [inner.name for inner in place.iterdir()]
+    ['a']
+    """
+    if not is_folder(path):
+        path.unlink(missing_ok=True)
+        path.mkdir()
+    for inner in path.iterdir():
+        if inner.name not in keep:
+            shutil.rmtree(inner) if is_folder(inner) else inner.unlink()
+
+
 def sync_folder(path: Path) -> None:
     """Make what was made, renamed or removed in a folder outlive a loss of power."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -244,19 +269,60 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def _fresh(path: Path) -> tuple[Partial, int]:
+@contextmanager
+def _resumable(
+    path: Path, worth: Callable[[Partial], int], overwrite: bool, resume: bool, *, folder: bool
+) -> Iterator[Partial]:
+    check_output(path, overwrite=overwrite, folder=folder)
+    partial, lock = _taken_over(path, worth if resume else lambda _: 0, folder) or _fresh(path, folder)
+    try:
+        yield partial
+        if folder:
+            partial.made.chmod(0o777 & ~_umask())
+            for inner, _, _ in os.walk(partial.made):
+                sync_folder(Path(inner))
+        check_output(path, overwrite=overwrite, folder=folder)
+        if folder and path.exists():
+            _replace_folder(partial.made, path)
+        else:
+            os.rename(partial.made, path)
+    except BaseException as error:
+        if isinstance(error, _FROM_OUTSIDE) and _worth(partial, worth, folder):
+            os.close(lock)
+        else:
+            _remove(partial.place, lock)
+        raise
+    _remove(partial.place, lock)
+    sync_folder(path.parent)
+
+
+def _replace_folder(made: Path, path: Path) -> None:
+    former = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".former", dir=path.parent))
+    os.rename(path, former)
+    try:
+        os.rename(made, path)
+    except BaseException:
+        os.rename(former, path)
+        raise
+    shutil.rmtree(former)
+
+
+def _fresh(path: Path, folder: bool) -> tuple[Partial, int]:
     partial = Partial(Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)))
     lock = _open_lock(partial.place)
     with suppress(OSError):  # a file system without locks
         fcntl.flock(lock, fcntl.LOCK_SH)  # shared with the ranks
-    partial.made.mkdir()
+    if folder:
+        partial.made.mkdir()
+    else:
+        partial.made.touch()
     partial.aside.mkdir()
     return partial, lock
 
 
-def _taken_over(path: Path, worth: Callable[[Partial], int]) -> tuple[Partial, int] | None:
+def _taken_over(path: Path, worth: Callable[[Partial], int], folder: bool) -> tuple[Partial, int] | None:
     """The partial folder of most worth with its lock, if any is worth something; the others are removed."""
-    found = [(_worth(Partial(place), worth), place, lock) for place, lock in _stale(path)]
+    found = [(_worth(Partial(place), worth, folder), place, lock) for place, lock in _stale(path)]
     most, best, kept = max(found, key=lambda row: row[0], default=(0, path, -1))
     for _, place, lock in found:
         if place != best or not most:
@@ -271,13 +337,14 @@ def _taken_over(path: Path, worth: Callable[[Partial], int]) -> tuple[Partial, i
     return Partial(best), kept
 
 
-def _worth(partial: Partial, worth: Callable[[Partial], int]) -> int:
-    """What a job says of a folder; 0 where strangers may have written."""
+def _worth(partial: Partial, worth: Callable[[Partial], int], folder: bool) -> int:
+    """What a job says of a folder; 0 where strangers may have written, or where ``made`` is of the other kind."""
     try:
-        status = [os.lstat(folder) for folder in (partial.place, partial.made, partial.aside)]
+        status = [os.lstat(part) for part in (partial.place, partial.aside, partial.made)]
     except OSError:
         return 0
-    ours = all(stat.S_ISDIR(one.st_mode) and one.st_uid == os.geteuid() for one in status)
+    kinds = [stat.S_ISDIR, stat.S_ISDIR, stat.S_ISDIR if folder else stat.S_ISREG]
+    ours = all(of_kind(one.st_mode) and one.st_uid == os.geteuid() for of_kind, one in zip(kinds, status, strict=True))
     return worth(partial) if ours and not status[0].st_mode & 0o022 else 0
 
 
@@ -313,7 +380,7 @@ def _remove(place: Path, lock: int) -> None:
     with suppress(OSError):
         if place.is_dir():
             for inner in place.iterdir():
-                if inner.is_dir() and not inner.is_symlink():
+                if is_folder(inner):
                     shutil.rmtree(inner, ignore_errors=True)
                 elif inner.name != _LOCK:
                     inner.unlink()

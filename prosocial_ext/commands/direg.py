@@ -113,11 +113,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                              help="MiB for buffers, whatever the size of the checkpoints (%(default)s)")  # fmt: skip
         writing.add_argument("--overwrite", action="store_true", help="replace an output that exists")
         writing.add_argument("--dry-run", action="store_true", help="check and tell, write nothing")
+        writing.add_argument("--fresh", action="store_true",
+                             help="begin anew where a stopped run could be gone on with")  # fmt: skip
         writing.add_argument("--quiet", action="store_true", help="no progress bar")
-    for resuming in (apply, revert):
-        resuming.add_argument(
-            "--fresh", action="store_true", help="begin anew where a stopped run could be gone on with"
-        )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -170,7 +168,8 @@ def _extract(arguments: argparse.Namespace) -> int:
                 base, harm, density=density, m=arguments.m, scope=arguments.scope, include=arguments.include,
                 exclude=arguments.exclude, importance=arguments.importance, rule=arguments.rule, seed=arguments.seed,
                 **controls, out=arguments.out, values=arguments.values, overwrite=arguments.overwrite,
-                memory=arguments.memory * _MIB, progress=bar.update, ranks=arguments.ranks,
+                resume=not arguments.fresh, memory=arguments.memory * _MIB, progress=bar.update,
+                resumed=_goes_on(bar, "tensors", arguments.ranks.size), ranks=arguments.ranks,
             )  # fmt: skip
     share, effect = vector.recipe["energy_share"], vector.recipe.get("first_order_share")
     per_entry = vector.file_bytes / max(vector.entries, 1)
@@ -224,7 +223,7 @@ def _apply(arguments: argparse.Namespace) -> int:
                 model, vector, arguments.out, scale=arguments.scale, undo=arguments.undo, dtype=dtype,
                 rounding=arguments.rounding, seed=arguments.seed,
                 overwrite=arguments.overwrite, resume=not arguments.fresh, memory=arguments.memory * _MIB,
-                progress=bar.update, resumed=_goes_on(bar, arguments.ranks.size), ranks=arguments.ranks,
+                progress=bar.update, resumed=_goes_on(bar, "shards", arguments.ranks.size), ranks=arguments.ranks,
             )  # fmt: skip
     threshold = "none" if math.isinf(done.threshold) else f"{done.threshold:.2e}"
     print(
@@ -247,7 +246,8 @@ def _revert(arguments: argparse.Namespace) -> int:
         with _progress(size, "revert", arguments.quiet) as bar:
             restored = revert_checkpoint(
                 model, arguments.out, record=arguments.record, overwrite=arguments.overwrite,
-                resume=not arguments.fresh, memory=arguments.memory * _MIB, progress=bar.update, resumed=_goes_on(bar),
+                resume=not arguments.fresh, memory=arguments.memory * _MIB, progress=bar.update,
+                resumed=_goes_on(bar, "shards"),
             )  # fmt: skip
     print(f"restored {restored:,} entries: {arguments.out}")
     return 0
@@ -358,19 +358,19 @@ def _progress(total: int, title: str, quiet: bool) -> Iterator[Any]:
         yield bar
 
 
-def _goes_on(bar: Any, ranks: int = 1) -> Resumed:
+def _goes_on(bar: Any, what: str, ranks: int = 1) -> Resumed:
     """Says what is taken over from a stopped run, and leaves it out of the bar."""
 
-    def tell(files: int, of: int, size: int) -> None:
+    def tell(taken: int, of: int, size: int) -> None:
         bar.total -= size // ranks
-        bar.write(f"goes on after {files} of {of} shards of a stopped run (--fresh begins anew)")
+        bar.write(f"goes on after {taken} of {of} {what} of a stopped run (--fresh begins anew)")
 
     return tell
 
 
 def _kept(arguments: argparse.Namespace) -> str:
     """What a run that was stopped has left for the next one."""
-    if arguments.function not in (_apply, _revert) or not (left := partials(arguments.out)):
+    if arguments.function not in (_extract, _apply, _revert) or not (left := partials(arguments.out)):
         return ""
     return f"What is complete is kept in {left[0]}: the same command goes on from there, or begins anew with --fresh."
 

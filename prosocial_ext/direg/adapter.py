@@ -7,10 +7,12 @@ its own `get_delta_weight` is called. What an adapter may be and this is not is 
 from __future__ import annotations
 
 import math
+import platform
 import re
 import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
+from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
@@ -121,6 +123,11 @@ class Adapter:
     def describe(self) -> dict[str, Any]:
         """Where it came from, for recipes."""
         return {"name": self.name, "commit": self.commit, "adapter_of": self.base_name}
+
+    def identity(self) -> list[Any]:
+        """Where it lies and what else its dW depend on, as far as can be told without reading it: also the machine."""
+        versions = [metadata.version("peft"), platform.node(), torch.get_num_threads()]
+        return [str(self.folder.resolve()), self._config, self.file.identity(), versions]
 
     def names_another_base(self, folder: Path) -> bool:
         """Whether its config names another base than the one in ``folder``: the last parts of their names differ."""

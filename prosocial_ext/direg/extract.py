@@ -7,6 +7,9 @@
 4. The kept entries that the cut holds are written, tensor after tensor.
 Where all entries are wanted, they are written as they are read. Unlucky, if the edge held fewer than m (below 1e-30):
 everything is kept by a second read.
+
+A run that was killed leaves notes of 2, one after every 8 GiB or so; the next one reads only the rest, and repeats 1, 3
+and 4.
 """
 
 from __future__ import annotations
@@ -18,24 +21,26 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from functools import partial
-from itertools import accumulate, groupby
+from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 
 from prosocial_ext.checkpoints.ahead import ahead
 from prosocial_ext.checkpoints.errors import refuse, shown
-from prosocial_ext.checkpoints.raw_io import read_all, write_all
 from prosocial_ext.checkpoints.readers import Reader, word_sum
-from prosocial_ext.checkpoints.safetensors_file import SafetensorsFile
+from prosocial_ext.checkpoints.safetensors_file import DTYPES, WORDS, SafetensorsFile
 from prosocial_ext.direg.cut import Cut, ScoredBlock, find_cut, keys, nothing
+from prosocial_ext.direg.kept import Kept, Piece
 from prosocial_ext.direg.pairing import Pair, Pairs, groups
 from prosocial_ext.direg.ranks import ALONE, Ranks, append_part
+from prosocial_ext.direg.read_notes import ReadNotes
+from prosocial_ext.direg.resume import Resumed
 from prosocial_ext.direg.rules import Rule, choose_rule
 from prosocial_ext.direg.sparse_file import Encoded, Measure, SparseReader, SparseWriter, encode
 from prosocial_ext.ops import _streaming as streaming
@@ -55,6 +60,7 @@ _BYTES_PER_ELEMENT = 512  # of memory: half for what is kept, half for the tempo
 _MOST_THREADS = 4  # so that their chunks, at 52 bytes an element, and the caller's stay below that
 _MOST_SAMPLES = 1 << 16  # 12 sigma of the rank are 1.4 % of the entries
 _SIGMAS = 12
+_NOTE_BYTES = 8 << 30  # read between two notes, each of which syncs some 2 GB at density 0.10
 
 
 def chunk_elements(memory: int) -> int:
@@ -95,7 +101,8 @@ def plan_groups(pairs: Pairs, m: int | None, density: float | None, scope: str) 
 def extract(
     pairs: Pairs, descriptor: int | None, spill_folder: Path, *, m: int | None, density: float | None, scope: str,
     recipe: Mapping[str, Any], rule: str | None = None, seed: int = 0, memory: int = DEFAULT_MEMORY,
-    progress: Progress = lambda _: None, ranks: Ranks = ALONE, always_miss: bool = False,
+    progress: Progress = lambda _: None, ranks: Ranks = ALONE, notes: ReadNotes | None = None,
+    resumed: Resumed = lambda tensors, of, size: None, always_miss: bool = False,
 ) -> None:  # fmt: skip
     """Select and write; ``recipe`` is completed by what was found.
 
@@ -113,11 +120,16 @@ def extract(
         memory: Bytes for buffers.
         progress: Called with the bytes read.
         ranks: Who share the tensors; all of them see ``spill_folder``.
+        notes: Of this rank, where a run that is killed is to be gone on with; they hold the spill file then, if there
+            is enough to read. The other arguments, and what is read, must be the same.
+        resumed: Called on the first rank, if notes are taken over, with the number of tensors and of all tensors, and
+            the bytes that are not read again.
         always_miss: Take the unlucky path (tests).
 
     Raises:
         ValueError: m, density or seed out of range, no such rule, or saliency without importance.
-        CheckpointError: A difference or an importance that is not finite; the text names the tensor.
+        CheckpointError: A difference or an importance that is not finite; the text names the tensor. The notes are of
+            other values.
     """
     chosen = choose_rule(rule, seed, any(pair.importance is not None for pair in pairs.pairs))
     work = _Work(pairs.pairs, chosen, chunk_elements(memory), progress, ranks)
@@ -129,11 +141,23 @@ def extract(
         "ties": "lowest position first, tensors by sorted name", "tied": pairs.tied, "left_alone": pairs.left_alone,
         "base_fingerprint": "0" * 16, "energy_share": 0.0,
     }  # fmt: skip
-    with tempfile.TemporaryFile(prefix=".prosocial-spill-", dir=spill_folder) as file, ExitStack() as stack:
-        kept, part = _Kept(file.fileno(), memory // 2), ""
+    with ExitStack() as stack:
+        if notes is not None and sum(map(work.bytes, work.own(range(len(work.pairs))))) > _NOTE_BYTES:
+            kept = Kept(stack.enter_context(notes.opened()), memory // 2, lasting=True)
+            log = _Log(work, kept, notes)
+        else:
+            spill = stack.enter_context(tempfile.TemporaryFile(prefix=".prosocial-spill-", dir=spill_folder))
+            kept, log = Kept(spill.fileno(), memory // 2), None
+        if notes is not None:
+            taken = ranks.gather([] if log is None else list(log.edges))
+            if ranks.rank == 0 and any(taken):
+                over = [i for tensors in taken for i in tensors]
+                resumed(len(over), len(work.pairs), sum(map(work.bytes, over)))
+        part = ""
         if descriptor is None:
-            named = stack.enter_context(tempfile.NamedTemporaryFile(prefix=".prosocial-part-", dir=spill_folder))
-            descriptor, part = named.fileno(), named.name
+            descriptor, part = tempfile.mkstemp(prefix=".prosocial-part-", dir=spill_folder)
+            stack.callback(os.close, descriptor)
+            stack.callback(Path(part).unlink, missing_ok=True)  # where the first rank has failed, its folder is gone
         writer = SparseWriter(descriptor, "harm_vector", {pair.name: pair.shape for pair in work.pairs}, full)
         for group, count in plan:
             team = work.team(group)
@@ -143,7 +167,7 @@ def extract(
             if count == numel:
                 _write_all(work, writer, group)
                 continue
-            cut = _select(work, kept, group, count, always_miss, team)
+            cut = _select(work, kept, group, count, always_miss, team, log)
             _write(work, kept, writer, group, cut, chosen.factor(count, numel))
         work.share()
         if ranks.rank:
@@ -189,6 +213,11 @@ class _Work:
         """This rank's tensors in a group."""
         return range(max(group.start, self._own.start), min(group.stop, self._own.stop))
 
+    def bytes(self, tensor: int) -> int:
+        """How much is read of a tensor, importance aside."""
+        pair = self.pairs[tensor]
+        return pair.numel * sum(side.dtype.itemsize for side in pair.sides)
+
     def team(self, group: range) -> Ranks | None:
         """Who select in a group: a rank alone if all of it is one rank's, and then None on the others; else all."""
         lone = (Ranks(rank, self.ranks.size).share([p.numel for p in self.pairs]) for rank in range(self.ranks.size))
@@ -205,73 +234,69 @@ class _Work:
                 mine.update(other)
 
 
-class _Piece(NamedTuple):
-    """Where the kept entries of one chunk lie: in memory or in the file, from a byte on."""
+class _Log:
+    """Notes of what `_gather` has found: makes them, and takes over those of the runs before.
 
-    start: int
-    n: int
-    in_memory: bool
-    place: int
-    dtype: torch.dtype
-    columns: int
+    ``edges``: what held the candidates of each tensor that was taken over, None where all were kept.
+    """
 
-    @property
-    def parts(self) -> list[tuple[str, int, torch.dtype]]:
-        """Name, first byte and dtype of offsets and columns; each begins at a multiple of 8."""
-        sizes = [_padded(4 * self.n)] + [_padded(self.dtype.itemsize * self.n)] * self.columns
-        names = ["offsets", *(f"column {k}" for k in range(self.columns))]
-        dtypes = [torch.int32, *[self.dtype] * self.columns]
-        return list(zip(names, accumulate(sizes[:-1], initial=self.place), dtypes, strict=True))
+    def __init__(self, work: _Work, kept: Kept, notes: ReadNotes) -> None:
+        self._work, self._kept, self._notes = work, kept, notes
+        self._gathered: list[tuple[int, Cut | None]] = []  # since the last note
+        self._magnitudes, self._bytes = torch.zeros_like(work.magnitudes), 0  # of these
+        self.edges: dict[int, Cut | None] = {}
+        for found in notes.taken:
+            bins, counts = (torch.tensor(row, dtype=torch.int64, device="cpu") for row in found["magnitudes"])
+            work.magnitudes[bins] += counts
+            for row in found["tensors"]:
+                self._take(row)
 
+    def stretches(self, group: range, edge: Cut | None) -> Iterator[range]:
+        """Yield the tensors of a group to read and keep, those of one note at a time."""
+        work, own = self._work, self._work.own(group)
+        taken = [i for i in own if i in self.edges]  # the first ones
+        if any(self.edges[i] != edge for i in taken):
+            remedy = "Something wrote to a checkpoint. The next run begins anew."
+            refuse("the checkpoints", "keep their values while a stopped run waits", "others", remedy)
+        first = own.start + len(taken)
+        for i in range(first, own.stop):
+            self._bytes += work.bytes(i)
+            if self._bytes >= _NOTE_BYTES or i + 1 == own.stop:
+                before = work.magnitudes.clone()
+                yield range(first, i + 1)
+                self._magnitudes += work.magnitudes - before
+                self._gathered += [(j, edge) for j in range(first, i + 1)]
+                first = i + 1
+            if self._bytes >= _NOTE_BYTES:
+                self.note()
 
-class _Kept:
-    """Candidates, a piece per chunk of data: offsets in the chunk and columns. In memory first, then in a file."""
+    def note(self) -> None:
+        """Vouch for what was gathered since the last note."""
+        bins = self._magnitudes.nonzero().flatten()
+        magnitudes = [bins.tolist(), self._magnitudes[bins].tolist()]
+        end, total = self._kept.settle()
+        self._notes.add(end, total, {"tensors": [self._row(i, edge) for i, edge in self._gathered],
+                                     "magnitudes": magnitudes})  # fmt: skip
+        self._gathered, self._bytes = [], 0
+        self._magnitudes.zero_()
 
-    def __init__(self, descriptor: int, room: int) -> None:
-        self._descriptor, self._memory = descriptor, torch.empty(room, dtype=torch.uint8, device="cpu")
-        self._bytes = self._memory.numpy().data
-        self.clear()
+    def _row(self, i: int, edge: Cut | None) -> dict[str, Any]:
+        pieces, work = self._kept.pieces.get(i, []), self._work
+        return {
+            "tensor": i, "edge": None if edge is None else astuple(edge), "energy": work.energy[i],
+            "effect": work.effect.get(i), "word_sum": work.word_sums[i],
+            "pieces": [(piece.start, piece.n, piece.place, WORDS[piece.dtype], piece.columns) for piece in pieces],
+        }  # fmt: skip
 
-    def clear(self) -> None:
-        self.pieces: dict[int, list[_Piece]] = {}
-        self.entries = self._used = self._end = 0
-        os.ftruncate(self._descriptor, 0)
-
-    def append(self, tensor: int, start: int, offsets: Tensor, columns: Sequence[Tensor]) -> None:
-        count, dtype = len(offsets), columns[0].dtype
-        if count == 0:
-            return  # numpy gives no buffer of nothing
-        size = _padded(4 * count) + len(columns) * _padded(dtype.itemsize * count)
-        in_memory = self._used + size <= len(self._memory)
-        place = self._used if in_memory else self._end
-        piece = _Piece(start, count, in_memory, place, dtype, len(columns))
-        self.pieces.setdefault(tensor, []).append(piece)
-        for (_, at, _), part in zip(piece.parts, (offsets, *columns), strict=True):
-            if in_memory:
-                self._bytes[at : at + part.nbytes] = part.contiguous().view(torch.uint8).numpy().data  # one thread
-            else:
-                write_all(self._descriptor, at, part)
-        if in_memory:
-            self._used += size
-        else:
-            self._end += size
-        self.entries += count
-
-    def read(self, piece: _Piece, buffers: Buffers) -> tuple[Tensor, list[Tensor]]:
-        """Offsets and columns; they may lie in the buffers."""
-        found = []
-        for name, at, dtype in piece.parts:
-            stop = at + piece.n * dtype.itemsize
-            if piece.in_memory:
-                found.append(self._memory[at:stop].view(dtype))
-                continue
-            found.append(buffers.take(name, piece.n, dtype))
-            read_all(self._descriptor, at, stop, found[-1].view(torch.uint8))
-        return found[0], found[1:]
-
-
-def _padded(size: int) -> int:
-    return -(-size // 8) * 8
+    def _take(self, row: Mapping[str, Any]) -> None:
+        i, work = row["tensor"], self._work
+        self.edges[i] = None if row["edge"] is None else Cut(*row["edge"])
+        work.energy[i], work.word_sums[i] = row["energy"], row["word_sum"]
+        if row["effect"] is not None:
+            work.effect[i] = row["effect"]
+        self._kept.pieces[i] = [
+            Piece(start, n, False, place, DTYPES[word], columns) for start, n, place, word, columns in row["pieces"]
+        ]
 
 
 class _Desk:
@@ -298,23 +323,32 @@ class _Shifted:
         return self.start + int(self.offsets[place])
 
 
-def _select(work: _Work, kept: _Kept, group: range, m: int, always_miss: bool, team: Ranks) -> Cut:
+def _select(
+    work: _Work, kept: Kept, group: range, m: int, always_miss: bool, team: Ranks, log: _Log | None
+) -> Cut:  # fmt: skip
     wide = any(work.pairs[i].dtype == torch.float64 for i in group)
     before = work.magnitudes.clone()
     edge = nothing(wide) if always_miss else _edge(work, group, m, wide, team)
-    _gather(work, kept, group, edge)
-    if sum(team.gather(kept.entries)) < m:
-        work.magnitudes.copy_(before)
-        _gather(work, kept, group, None)
+    own = work.own(group)
+    kept.forget(())
+    _gather(work, kept, edge, [own] if log is None else log.stretches(group, edge))
+    if sum(team.gather(kept.count(own))) < m:
+        if log is not None:
+            log.note()  # before the pieces go
+        kept.forget(own)
+        after = work.magnitudes.clone()
+        _gather(work, kept, None, [own])
+        work.magnitudes.copy_(after)
     buffers = Buffers()
 
     def blocks() -> Iterator[ScoredBlock]:
-        for i in work.own(group):
+        for i in own:
             for piece in kept.pieces.get(i, []):
                 offsets, columns = kept.read(piece, buffers)
                 yield i, _Shifted(piece.start, offsets), columns[work.rule.column]
 
     known = work.rule.column == 0 and wide == work.wide and team.size == 1  # ranked by size, all of it here
+    known = known and (log is None or log.edges.keys().isdisjoint(own))  # and read after ``before``
     return find_cut(blocks, m, wide, work.magnitudes - before if known else None, team)
 
 
@@ -343,27 +377,27 @@ def _edge(work: _Work, group: range, m: int, wide: bool, team: Ranks) -> Cut | N
     return Cut(int(sampled[place]), group[k], int(drawn[place]) - starts[k], wide)
 
 
-def _gather(work: _Work, kept: _Kept, group: range, edge: Cut | None) -> None:
-    """Look at everything once and keep what the edge holds."""
-    kept.clear()
+def _gather(work: _Work, kept: Kept, edge: Cut | None, stretches: Iterable[range]) -> None:
+    """Look at everything once, stretch by stretch of tensors, and keep what the edge holds."""
     look = _look_drawn if work.rule.is_drawn else _look
-    for i, found in _looked(work, group, partial(look, work, edge)):
-        kept.append(i, found.start, found.offsets, found.columns)
+    for tensors in stretches:
+        for i, found in _looked(work, tensors, partial(look, work, edge)):
+            kept.append(i, found.start, found.offsets, found.columns)
 
 
-def _looked(work: _Work, group: range, look: Callable[[_Desk, int, int], _Found]) -> Iterator[tuple[int, _Found]]:
+def _looked(work: _Work, tensors: range, look: Callable[[_Desk, int, int], _Found]) -> Iterator[tuple[int, _Found]]:
     """Yield the tensor and what was found of every chunk, in order, and note the sums."""
     desks = [_Desk(work.wide) for _ in range(_threads() + 1)]  # one per chunk that is alive
-    chunks = [(i, start) for i in work.own(group) for start in range(0, work.pairs[i].numel, work.chunk)]
+    chunks = [(i, start) for i in tensors for start in range(0, work.pairs[i].numel, work.chunk)]
     looks = (partial(look, desks[k % len(desks)], i, start) for k, (i, start) in enumerate(chunks))
-    energy, effect, total = (dict.fromkeys(work.own(group), zero) for zero in (0.0, 0.0, 0))
+    energy, effect, total = (dict.fromkeys(tensors, zero) for zero in (0.0, 0.0, 0))
     for (i, _), found in zip(chunks, ahead(looks, len(desks) - 1), strict=True):
         energy[i] += found.energy
         effect[i] += found.effect
         total[i] += found.word_sum
         yield i, found
         work.progress(found.bytes)
-    for i in work.own(group):
+    for i in tensors:
         work.energy[i], work.word_sums[i] = _rounded(energy[i]), int(total[i]) % 2**64
         if work.pairs[i].importance is not None:
             work.effect[i] = _rounded(effect[i])
@@ -485,23 +519,23 @@ def _share(kept: Mapping[int, float], of: Mapping[int, float]) -> float:
     return round(min(math.fsum(kept.values()) / total, 1.0), 6) if total else 0.0
 
 
-def _write(work: _Work, kept: _Kept, writer: SparseWriter, group: range, cut: Cut, factor: float) -> None:
+def _write(work: _Work, kept: Kept, writer: SparseWriter, group: range, cut: Cut, factor: float) -> None:
     """Write what the cut holds of the kept entries: measured first, since a tensor takes its smaller encoding."""
     own = work.own(group)
     pieces = [(i, piece) for i in own for piece in kept.pieces.get(i, [])]
     buffers = [Buffers() for _ in range(_threads() + 1)]  # one per piece that is alive
 
-    def candidates(i: int, piece: _Piece, room: Buffers) -> tuple[Candidates, Edge]:
+    def candidates(i: int, piece: Piece, room: Buffers) -> tuple[Candidates, Edge]:
         offsets, columns = kept.read(piece, room)
         effects = columns[-1] if work.pairs[i].importance is not None else None
         ranked = columns[work.rule.column]
         return Candidates(piece.start, offsets, columns[0], ranked, effects), cut.edge(i, piece.start)
 
-    def measured(i: int, piece: _Piece, room: Buffers) -> Any:
+    def measured(i: int, piece: Piece, room: Buffers) -> Any:
         found, edge = candidates(i, piece, room)
         return found.measure(edge)
 
-    def encoded(i: int, piece: _Piece, room: Buffers, previous: int) -> tuple[int, Encoded]:
+    def encoded(i: int, piece: Piece, room: Buffers, previous: int) -> tuple[int, Encoded]:
         found, edge = candidates(i, piece, room)
         positions, values = found.keep(edge, room)
         if factor != 1.0:
@@ -538,7 +572,7 @@ def _write_all(work: _Work, writer: SparseWriter, group: range) -> None:
         return replace(found, encoded=encode("bitmap", found.offsets.long() + start, found.columns[0], start - 1))
 
     own = work.own(group)
-    for i, chunks in _in_turn(own, _looked(work, group, look)):
+    for i, chunks in _in_turn(own, _looked(work, own, look)):
         pair, energy = work.pairs[i], 0.0
         writer.begin(pair.name, pair.shape, pair.numel, pair.dtype, Measure.of_all(pair.numel))
         for found in chunks:

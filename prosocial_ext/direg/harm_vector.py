@@ -19,21 +19,23 @@ from prosocial_ext import _C
 from prosocial_ext.checkpoints.checkpoint import Checkpoint
 from prosocial_ext.checkpoints.errors import refuse, shown
 from prosocial_ext.checkpoints.hub import fetch_vector
-from prosocial_ext.checkpoints.outputs import check_output, check_outside, new_file
+from prosocial_ext.checkpoints.outputs import check_output, check_outside, new_descriptor, new_file
 from prosocial_ext.checkpoints.raw_io import write_all
 from prosocial_ext.checkpoints.safetensors_file import SafetensorsFile
 from prosocial_ext.direg.adapter import Adapter, open_side
 from prosocial_ext.direg.arithmetic import VALUES, round_values, write_sum
 from prosocial_ext.direg.controls import against_benign, check_one_control
 from prosocial_ext.direg.cut import Cut, ScoredBlock, find_cut
-from prosocial_ext.direg.extract import DEFAULT_MEMORY, Progress, extract
+from prosocial_ext.direg.extract import DEFAULT_MEMORY, Progress, chunk_elements, extract, plan_groups
 from prosocial_ext.direg.harm_stats import HarmVectorStats, ModuleStats
 from prosocial_ext.direg.live import LiveEdit, subtract_live
-from prosocial_ext.direg.low_rank import write_low_rank
+from prosocial_ext.direg.low_rank import plan_ranks, write_low_rank
 from prosocial_ext.direg.models import Weights
 from prosocial_ext.direg.pairing import Pairs, groups, pair_models, pair_side
 from prosocial_ext.direg.ranks import ALONE, Ranks
-from prosocial_ext.direg.rules import default_density
+from prosocial_ext.direg.read_notes import ReadNotes
+from prosocial_ext.direg.resume import Resumed, job_of, working_file
+from prosocial_ext.direg.rules import choose_rule, default_density
 from prosocial_ext.direg.sharing import VECTOR, push_vector, save_vector
 from prosocial_ext.direg.sparse_file import Block, Measure, SparseReader, SparseTensor, SparseWriter
 from prosocial_ext.ops._stream import sum_squares
@@ -98,11 +100,16 @@ class HarmVector:
         out: str | Path | None = None,
         values: str = "exact",
         overwrite: bool = False,
+        resume: bool = True,
         memory: int = DEFAULT_MEMORY,
         progress: Progress = lambda _: None,
+        resumed: Resumed = lambda tensors, of, size: None,
         ranks: Ranks = ALONE,
     ) -> HarmVector:
         """Extract from two checkpoints of any size: one read of both, ``memory`` bytes of buffers.
+
+        ``out`` is there when it is complete. What kills or stops a run leaves what it has read, noted after every 8 GiB
+        or so in a hidden folder beside ``out``; the same call goes on from there and comes to the same bytes.
 
         Args:
             base: What was tuned: a folder or a hub id.
@@ -127,8 +134,12 @@ class HarmVector:
             out: The file to write. None: a nameless temporary one, which goes with this object.
             values: "bf16": ``out`` gets rounded values (`save`), through a temporary file beside it.
             overwrite: ``out`` may exist.
+            resume: Go on with what a stopped run left; without, that is removed. Where a side is in memory, at density
+                1 and with the rule "low_rank" every run begins anew, as it does on another number of ranks.
             memory: Bytes for buffers beyond what the imports take.
             progress: Called with the number of bytes just read.
+            resumed: Called, if a stopped run is gone on with, with the number of tensors taken over, of how many, and
+                their bytes, which are not read again.
             ranks: Of a torchrun (`prosocial_ext.direg.ranks`): they share the tensors, and write the one-rank file.
 
         Raises:
@@ -158,7 +169,14 @@ class HarmVector:
                 recipe |= _control(pairs, benign.describe(), minus is None)
             arguments = {"m": m, "density": density, "scope": scope, "rule": rule, "seed": seed, "memory": memory,
                          "progress": progress, "ranks": ranks}  # fmt: skip
-            return cls._made(pairs, recipe, None if out is None else Path(out), overwrite, arguments, values)
+            if out is None:
+                return cls._made(pairs, recipe, arguments, values)
+            job, sides = None, [side for side in (other, benign, weights) if side is not None]
+            told = [side.identity() for side in sides if isinstance(side, (Checkpoint, Adapter))]
+            if isinstance(one, Checkpoint) and len(told) == len(sides) and rule != "low_rank":
+                job = job_of("extract", one, sides=told, recipe=recipe, m=m, scope=scope, rule=rule, seed=seed,
+                             values=values, chunk=chunk_elements(memory))  # fmt: skip
+            return cls._written(pairs, recipe, arguments, values, Path(out), overwrite, job, resume, resumed)
 
     @classmethod
     def from_models(
@@ -194,7 +212,7 @@ class HarmVector:
             pairs = against_benign(pairs, third, project=minus is None)
             recipe |= _control(pairs, {}, minus is None)
         arguments = {"m": m, "density": density, "scope": scope, "rule": rule, "seed": seed}
-        return cls._made(pairs, recipe, None, False, arguments)
+        return cls._made(pairs, recipe, arguments)
 
     @classmethod
     def from_adapter(
@@ -493,41 +511,45 @@ class HarmVector:
 
     @classmethod
     def _made(
-        cls, pairs: Pairs, recipe: dict[str, Any], out: Path | None, overwrite: bool, arguments: dict[str, Any],
-        values: str = "exact",
+        cls, pairs: Pairs, recipe: dict[str, Any], arguments: dict[str, Any], values: str = "exact"
     ) -> HarmVector:  # fmt: skip
+        """Of a nameless file."""
         check.choice("values", values, VALUES)
-        if out is not None:
-            check_output(out, overwrite=overwrite, folder=False)
-        elif values != "exact":
+        if values != "exact":
             check.fail("values", "be 'exact' where out is None", repr(values), "Call save(path, values='bf16').")
-        ranks: Ranks = arguments.get("ranks", ALONE)
-        if out is None and ranks.size > 1:
+        if arguments.get("ranks", ALONE).size > 1:
             check.fail("out", "be a file where several ranks write it", None)
-        folder = Path(tempfile.gettempdir()) if out is None else out.parent
+        folder = Path(tempfile.gettempdir())
+        with tempfile.TemporaryFile(prefix="harm-") as file:
+            _extract(pairs, file.fileno(), folder, recipe, arguments)
+            return cls._unnamed(file.fileno())
 
-        def write(descriptor: int | None) -> None:
-            rule, others = arguments["rule"], {key: value for key, value in arguments.items() if key != "rule"}
-            if rule == "low_rank":
-                write_low_rank(pairs, descriptor, recipe=recipe, **others)
+    @classmethod
+    def _written(
+        cls, pairs: Pairs, recipe: dict[str, Any], arguments: dict[str, Any], values: str, out: Path, overwrite: bool,
+        job: str | None, resume: bool, resumed: Resumed,
+    ) -> HarmVector:  # fmt: skip
+        """Of the file ``out``, which all ranks write together."""
+        check.choice("values", values, VALUES)
+        check_output(out, overwrite=overwrite, folder=False)
+        _check_selection(pairs, arguments)  # a slip must not cost what a stopped run has left
+        ranks: Ranks = arguments["ranks"]
+        with working_file(out, job, overwrite=overwrite, resume=resume, ranks=ranks) as (partial, notes):
+
+            def write(descriptor: int | None) -> None:
+                _extract(pairs, descriptor, partial.aside, recipe, arguments, notes=notes, resumed=resumed)
+
+            if ranks.rank:
+                write(None)
             else:
-                extract(pairs, descriptor, folder, recipe=recipe, rule=rule, **others)
-
-        if ranks.rank:
-            assert out is not None
-            write(None)
-        elif out is None:
-            with tempfile.TemporaryFile(prefix="harm-") as file:
-                write(file.fileno())
-                return cls._unnamed(file.fileno())
-        elif values == "exact":
-            with new_file(out, overwrite=overwrite) as descriptor:
-                write(descriptor)
-        else:
-            with tempfile.TemporaryFile(prefix=".prosocial-exact-", dir=folder) as file:
-                write(file.fileno())
-                cls._unnamed(file.fileno()).save(out, values=values, overwrite=overwrite)
-        ranks.gather(None)  # the file is there
+                with new_descriptor(partial.made, may_exist=True) as descriptor:
+                    os.ftruncate(descriptor, 0)  # what a stopped run has written
+                    if values == "exact":
+                        write(descriptor)
+                    else:
+                        with tempfile.TemporaryFile(prefix=".prosocial-exact-", dir=partial.aside) as file:
+                            write(file.fileno())
+                            round_values(descriptor, cls._unnamed(file.fileno()))
         return cls.load(out)
 
     def _summed(self, other: HarmVector, sign: int) -> HarmVector:
@@ -559,6 +581,27 @@ class HarmVector:
             for positions, values in self.blocks(name):
                 writer.append(positions, values)
         writer.finish(self.recipe, self.magnitudes)
+
+
+def _extract(
+    pairs: Pairs, descriptor: int | None, folder: Path, recipe: dict[str, Any], arguments: dict[str, Any],
+    notes: ReadNotes | None = None, resumed: Resumed = lambda tensors, of, size: None,
+) -> None:  # fmt: skip
+    if arguments["rule"] == "low_rank":
+        others = {key: value for key, value in arguments.items() if key != "rule"}
+        write_low_rank(pairs, descriptor, recipe=recipe, **others)
+    else:
+        extract(pairs, descriptor, folder, recipe=recipe, notes=notes, resumed=resumed, **arguments)
+
+
+def _check_selection(pairs: Pairs, arguments: Mapping[str, Any]) -> None:
+    """Raise the errors of `_extract` that need no read."""
+    rule, of = arguments["rule"], {key: arguments[key] for key in ("m", "density", "scope")}
+    choose_rule(rule, arguments["seed"], any(pair.importance is not None for pair in pairs.pairs))
+    if rule == "low_rank":
+        plan_ranks(pairs, **of, memory=arguments["memory"], ranks=arguments["ranks"])
+    else:
+        plan_groups(pairs, **of)
 
 
 def check_scope_and_globs(scope: str, include: Sequence[str], exclude: Sequence[str]) -> None:

@@ -1,7 +1,8 @@
-"""The folder that an edit writes, gone on with where a stopped run of the same edit has left it.
+"""The folder that an edit writes, or the file of an extraction, gone on with where a stopped run of it has left it.
 
 A weight file is taken over if the journal of the same job vouches for it, which it does once the file is on the disk,
-and if it is a regular file of the right size; of all others nothing is believed, and nothing kept.
+and if it is a regular file of the right size; of all others nothing is believed, and nothing kept. What an extraction
+takes over is what it has read (`prosocial_ext.direg.read_notes`); its output is written in one go.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,15 +21,25 @@ import torch
 from prosocial_ext import _C
 from prosocial_ext.checkpoints.checkpoint import Checkpoint
 from prosocial_ext.checkpoints.journal import Journal
-from prosocial_ext.checkpoints.outputs import Partial, joined_folder, resumable_folder, sync_folder
+from prosocial_ext.checkpoints.outputs import (
+    Partial,
+    clean_folder,
+    is_folder,
+    joined_folder,
+    resumable_file,
+    resumable_folder,
+    sync_folder,
+)
 from prosocial_ext.direg.outline import Outline
 from prosocial_ext.direg.ranks import ALONE, Ranks
+from prosocial_ext.direg.read_notes import ReadNotes
 from prosocial_ext.direg.rewrite import RECORDS
 from prosocial_ext.direg.undo_record import UNDO, header_of, holds
 
-__all__ = ["Resumed", "Work", "job_of", "working_folder"]
+__all__ = ["Resumed", "Work", "job_of", "working_file", "working_folder"]
 
-Resumed = Callable[[int, int, int], object]  # called with the files taken over, of how many, the bytes not read again
+# Called with the files, or tensors, taken over, of how many, and the bytes not read again.
+Resumed = Callable[[int, int, int], object]
 
 
 class Work:
@@ -65,7 +75,7 @@ class Work:
     def look(self, outline: Outline) -> int:
         """Note what is complete, and return how many files that is."""
         self.notes = {}
-        if not all(_is_folder(folder) or not os.path.lexists(folder) for folder in self._folders()):
+        if not all(is_folder(folder) or not os.path.lexists(folder) for folder in self._folders()):
             return 0
         notes = {name: self._journal.read(name) for name in outline.headers}
         whole = {name: note for name, note in notes.items() if note and _is_file(self.made / name, outline.size(name))}
@@ -77,12 +87,7 @@ class Work:
         joined = any(note["part"] and not (self.parts / name).exists() for name, note in self.notes.items())
         keep = [{*self.notes, RECORDS}, {Path(UNDO).name} if joined else set(), self.notes, self.notes]
         for folder, kept in zip(self._folders(), keep, strict=True):
-            if not _is_folder(folder):
-                folder.unlink(missing_ok=True)
-                folder.mkdir()
-            for place in folder.iterdir():
-                if place.name not in kept:
-                    shutil.rmtree(place) if _is_folder(place) else place.unlink()
+            clean_folder(folder, kept)
 
     def _is_recorded(self, file: str, part: str | None) -> bool:
         """Whether the undo record has its part, or already is what that went into."""
@@ -93,12 +98,12 @@ class Work:
 
 
 def job_of(operation: str, checkpoint: Checkpoint, **arguments: Any) -> str:
-    """Return a hash of everything that the bits of an edit depend on, as far as can be told without reading it.
+    """Return a hash of everything that the bits of a result depend on, as far as can be told without reading it.
 
     Args:
         operation: Its name.
-        checkpoint: What is edited.
-        arguments: The others, as JSON. Ranks and buffers are none: they change no bit of what is written.
+        checkpoint: What is edited, or was tuned.
+        arguments: The others, as JSON. Of an edit ranks and buffers are none: they change no bit of what is written.
     """
     versions = [str(_C.version), str(torch.__version__)]
     facts = [operation, versions, checkpoint.describe(), checkpoint.identity(), arguments]
@@ -149,8 +154,37 @@ def working_folder(
     ranks.gather(None)  # the folder is there
 
 
-def _is_folder(place: Path) -> bool:
-    return place.is_dir() and not place.is_symlink()
+@contextmanager
+def working_file(
+    out: Path, job: str | None, *, overwrite: bool, resume: bool, ranks: Ranks = ALONE
+) -> Iterator[tuple[Partial, ReadNotes | None]]:
+    """Yield where a file is made, which becomes ``out`` if the block succeeds on the first rank, and this rank's notes.
+
+    Args:
+        out: The file to make.
+        job: Of `job_of`; that of the first rank counts. None: there are no notes.
+        overwrite: A file that is there is replaced.
+        resume: Take over what a stopped run of the same job has noted, on as many ranks; without, it is removed.
+        ranks: Who make it.
+    """
+
+    def notes(partial: Partial, rank: int) -> ReadNotes:
+        return ReadNotes(partial.aside / str(rank), f"{job}, rank {rank} of {ranks.size}")
+
+    def worth(partial: Partial) -> int:
+        return 0 if job is None else sum(notes(partial, rank).look() for rank in range(ranks.size))
+
+    with ExitStack() as stack:
+        if ranks.rank == 0:
+            partial = stack.enter_context(resumable_file(out, worth, overwrite=overwrite, resume=resume))
+            clean_folder(partial.aside, set(map(str, range(ranks.size))))
+            ranks.gather((partial.place, job))
+        else:
+            ours: Any = None
+            place, job = ranks.gather(ours)[0]
+            partial = stack.enter_context(joined_folder(place))
+        yield partial, None if job is None else notes(partial, ranks.rank)
+    ranks.gather(None)  # the file is there
 
 
 def _is_file(place: Path, size: int) -> bool:

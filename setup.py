@@ -9,6 +9,7 @@ Environment variables read here:
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -41,6 +42,18 @@ def tool(module: str, directory: str, name: str) -> str:
         return found
 
 
+def another_compiler(build: Path, nvcc: str | None) -> list[str]:
+    """What makes CMake look at CUDA again in a tree that was configured without nvcc, or with another one.
+
+    Its first answer stays in the cache: CUDACXX would be ignored without a word.
+    """
+    cache = build / "CMakeCache.txt"
+    kept = re.search(r"^CMAKE_CUDA_COMPILER:\w+=(.*)$", cache.read_text(), re.MULTILINE) if cache.is_file() else None
+    if nvcc is None or kept is None or kept[1] == nvcc:
+        return []
+    return ["-UCMAKE_CUDA_COMPILER"] if kept[1].endswith("NOTFOUND") else ["--fresh"]
+
+
 def switch(name: str) -> bool:
     """Whether an environment variable is set to anything but 0."""
     return os.environ.get(name, "") not in ("", "0")
@@ -54,6 +67,7 @@ class CMakeBuild(build_ext):
         if cuda not in ("auto", "on", "off"):
             sys.exit(f"PROSOCIAL_CUDA must be auto, on or off, got {cuda!r}.")
         environment = dict(os.environ)
+        nvcc = None
         if cuda != "off":
             nvcc = find_nvcc()
             print(f"prosocial_ext: nvcc {nvcc or 'not found: building for the CPU only'}")
@@ -75,6 +89,7 @@ class CMakeBuild(build_ext):
             f"-DPSE_SANITIZE={'ON' if sanitize else 'OFF'}",
             f"-DPSE_VERSION={self.distribution.get_version()}",
             f"-DCMAKE_INSTALL_PREFIX={target}",
+            *another_compiler(build, nvcc),
         ]  # fmt: skip
         if archs := os.environ.get("PROSOCIAL_CUDA_ARCHS"):
             configure.append(f"-DPSE_CUDA_ARCHS={archs}")

@@ -534,7 +534,7 @@ PSE_DEVICE void combine_piece(const Piece& piece, Shared<int64_t> addresses, Sha
     combine_columns<T, 1>(piece, addresses, coefficients, active, start, out, whole, piece.count);
 }
 
-PSE_KERNEL(kCombineThreads) combine(Arrays a) {
+PSE_KERNEL(kCombineThreads, kAnyOccupancy) combine(Arrays a) {
     PSE_SHARED(int64_t, addresses, kMostObjectives);
     PSE_SHARED(double, coefficients, kMostObjectives);
     const int64_t reversed = blocks() - 1 - block();

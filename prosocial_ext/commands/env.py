@@ -90,8 +90,8 @@ def remedies(facts: dict[str, Any]) -> list[str]:
     if not cuda["compiled"]:
         if torch_facts["cuda_available"]:
             found.append(
-                "There is a GPU but no CUDA kernels, so CUDA tensors run the reference: install nvcc (or point CUDACXX "
-                "or CUDA_HOME to it) and build again with PROSOCIAL_CUDA=on."
+                "There is a GPU but no CUDA kernels, so CUDA tensors run the reference: install CUDA 12.4 or later "
+                "(or point CUDACXX or CUDA_HOME to it) and build again with PROSOCIAL_CUDA=on."
             )
     elif cuda["error"] == _DRIVER_TOO_OLD:
         found.append(f"No NVIDIA driver, or one too old for CUDA {cuda['toolkit']}: install or update it to use a GPU.")

@@ -34,10 +34,19 @@ namespace {
 std::vector<CpuKernels> find_available() {
     std::vector<CpuKernels> found;
 #if PSE_HAVE_v2
+    // Feature by feature: g++ 11 does not know the sets by name here.
+#define PSE_HAS(feature) (__builtin_cpu_supports(feature) != 0)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("x86-64-v2")) found.push_back(PSE_TABLES(v2));
-    if (__builtin_cpu_supports("x86-64-v3")) found.push_back(PSE_TABLES(v3));
-    if (__builtin_cpu_supports("x86-64-v4")) found.push_back(PSE_TABLES(v4));
+    const bool v2 = PSE_HAS("cmpxchg16b") && PSE_HAS("lahf_lm") && PSE_HAS("popcnt") && PSE_HAS("sse3") &&
+                    PSE_HAS("ssse3") && PSE_HAS("sse4.1") && PSE_HAS("sse4.2");
+    const bool v3 = v2 && PSE_HAS("osxsave") && PSE_HAS("avx") && PSE_HAS("avx2") && PSE_HAS("bmi") &&
+                    PSE_HAS("bmi2") && PSE_HAS("f16c") && PSE_HAS("fma") && PSE_HAS("lzcnt") && PSE_HAS("movbe");
+    const bool v4 = v3 && PSE_HAS("avx512f") && PSE_HAS("avx512bw") && PSE_HAS("avx512cd") && PSE_HAS("avx512dq") &&
+                    PSE_HAS("avx512vl");
+#undef PSE_HAS
+    if (v2) found.push_back(PSE_TABLES(v2));
+    if (v3) found.push_back(PSE_TABLES(v3));
+    if (v4) found.push_back(PSE_TABLES(v4));
 #else
     found.push_back(PSE_TABLES(generic));
 #endif

@@ -5,6 +5,7 @@ PYTHON ?= python3
 TORCH  ?= 2.13.0
 VENV   ?= .venv
 TESTS  ?= tests
+WORKERS ?= auto
 SANITIZE_TESTS ?= tests/ops tests/direg/test_stream.py
 # Code for sm_80 runs on 8.x cards, PTX for 90 on later ones: every card works, in a third of a release's build time.
 ARCHS  ?= 80-real;90-real;90-virtual
@@ -28,8 +29,8 @@ help: ## list the targets
 demo: build ## run the demonstration
 	$(BIN)/prosocial demo
 
-test: build ## run the tests (TESTS=path for a part)
-	$(PY) -m pytest $(TESTS)
+test: build ## run the tests (TESTS=path for a part, WORKERS=0 for one process)
+	$(PY) -m pytest -n $(WORKERS) --maxprocesses 4 --dist worksteal $(TESTS)
 
 build: $(EQUIPPED) ## compile what changed and install it in place
 	PROSOCIAL_CUDA_ARCHS='$(ARCHS)' $(PY) -m pip install -qq --no-build-isolation --editable .

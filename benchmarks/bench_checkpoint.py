@@ -2,9 +2,10 @@
 
 PROSOCIAL_MERGEKIT=/path/to/bin/mergekit-yaml python -m pytest benchmarks/bench_checkpoint.py --benchmark-only -s
 
-mergekit (0.1.5 was tried) lives in an environment of its own; without the variable its rows are left out. All files lie
-in the page cache, and our writers and the copy sync what they wrote. Times inside the process leave the imports out,
-times of commands hold them; memory is the largest RssAnon of the command, looked up fifty times a second.
+mergekit (0.1.5 was tried) lives in an environment of its own; without the variable its rows are left out. What is read
+lies in the page cache, or, in the rows "from disk", is dropped from it before each call; our writers and the copy sync
+what they wrote. Times inside the process leave the imports out, times of commands hold them; memory is the largest
+RssAnon of the command, looked up fifty times a second.
 PROSOCIAL_BENCH_LAYERS sets the size: 24 layers are 0.37 billion parameters, 0.74 GB in bf16.
 """
 
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ RECIPES = {  # mergekit's words for "base minus the vector"; bf16 arithmetic is 
     "task_arithmetic, bf16": ("task_arithmetic", "{weight: -1.0}", "{}", "bfloat16"),
     "ties, fp32": ("ties", f"{{weight: -1.0, density: {DENSITY}}}", "{normalize: false, lambda: 1.0}", "float32"),
 }
+WHERE = pytest.mark.parametrize("cached", [True, False], ids=["page cache", "disk"])
 
 
 class Checkpoints(NamedTuple):
@@ -73,11 +75,16 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkpoint
     shutil.rmtree(folder)
 
 
-def timed(calls: list[Callable[[], object]]) -> list[bench.Timing]:
-    """Time the calls by turns, so that what else the machine does falls on all of them alike."""
+def timed(calls: list[Callable[[], object]], read: Sequence[Path], cached: bool) -> list[bench.Timing]:
+    """Time the calls by turns, so that what else the machine does falls on all of them alike.
+
+    ``read``: the files that they read; unless ``cached`` they are dropped from the page cache before each call.
+    """
     taken: list[list[float]] = [[] for _ in calls]
     for _ in range(ROUNDS):
         for call, seconds in zip(calls, taken, strict=True):
+            if not cached:
+                drop(read)
             start = time.perf_counter()
             call()
             seconds.append(time.perf_counter() - start)
@@ -94,6 +101,14 @@ def copy_files(source: Path, target: Path) -> None:
             shutil.copyfileobj(one, other, 8 << 20)
             other.flush()
             os.fsync(other.fileno())
+
+
+def drop(paths: Sequence[Path]) -> None:
+    """Take files out of the page cache."""
+    for path in paths:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def read_files(*paths: Path) -> None:
@@ -121,32 +136,48 @@ def run_command(*arguments: str) -> Run:
     return Run(taken, most)
 
 
+def place(cached: bool) -> str:
+    """For names of rows."""
+    return "" if cached else " from disk"
+
+
 def prosocial(*arguments: str) -> Run:
     return run_command(sys.executable, "-m", "prosocial_ext.cli", "direg", *arguments, "--quiet")
 
 
-def test_extract(benchmark: Any, checkpoints: Checkpoints, tmp_path: Path) -> None:
+@WHERE
+def test_extract(benchmark: Any, checkpoints: Checkpoints, tmp_path: Path, cached: bool) -> None:
     weights = sorted(path for folder in checkpoints for path in folder.glob("*.safetensors"))
     target = tmp_path / "harm.safetensors"
 
     def extract() -> None:
         HarmVector.from_checkpoints(*checkpoints, density=DENSITY, out=target, overwrite=True)
 
+    def limit() -> None:
+        read_files(*weights)
+        if not cached:
+            drop(weights)
+        read_files(*weights)
+
     extract()
-    ours, limit = timed([extract, lambda: [read_files(*weights) for _ in range(2)]])
+    ours, floor = timed([extract, limit], weights, cached)
+    if not cached:
+        drop(weights)
     command = prosocial("extract", "--base", str(checkpoints.base), "--harm", str(checkpoints.harm),
                         "--density", str(DENSITY), "--out", str(target), "--overwrite")  # fmt: skip
-    row = bench.Row("checkpoint", f"extract d={DENSITY} {checkpoints.bytes / 1e9:.2f} GB bf16", ours,
-                    2 * checkpoints.bytes, limit, "two reads of both")  # fmt: skip
+    row = bench.Row("checkpoint", f"extract d={DENSITY} {checkpoints.bytes / 1e9:.2f} GB bf16{place(cached)}", ours,
+                    2 * checkpoints.bytes, floor, "two reads of both")  # fmt: skip
     benchmark.pedantic(extract, rounds=1)
     benchmark.extra_info["command"] = command._asdict()
     report(benchmark, row)
     print(f"           as a command {command.seconds:.1f} s, {command.anonymous / 2**20:.0f} MiB of anonymous memory")
 
 
-def test_apply(benchmark: Any, checkpoints: Checkpoints, tmp_path: Path) -> None:
+@WHERE
+def test_apply(benchmark: Any, checkpoints: Checkpoints, tmp_path: Path, cached: bool) -> None:
     file, out, copied = tmp_path / "harm.safetensors", tmp_path / "safe", tmp_path / "copied"
     vector = HarmVector.from_checkpoints(*checkpoints, density=DENSITY, out=file)
+    read = [*sorted(checkpoints.base.glob("*.safetensors")), file]
 
     def apply() -> None:
         apply_vector(checkpoints.base, vector, out, overwrite=True)
@@ -156,11 +187,13 @@ def test_apply(benchmark: Any, checkpoints: Checkpoints, tmp_path: Path) -> None
         read_files(file)
 
     apply()
-    ours, floor = timed([apply, limit])
+    ours, floor = timed([apply, limit], read, cached)
     shutil.rmtree(copied)
+    if not cached:
+        drop(read)
     command = prosocial("apply", "--model", str(checkpoints.base), "--harm-vector", str(file), "--out", str(out),
                         "--overwrite")  # fmt: skip
-    row = bench.Row("checkpoint", f"apply d={DENSITY} {checkpoints.bytes / 1e9:.2f} GB bf16", ours,
+    row = bench.Row("checkpoint", f"apply d={DENSITY} {checkpoints.bytes / 1e9:.2f} GB bf16{place(cached)}", ours,
                     2 * checkpoints.bytes + file.stat().st_size, floor, "a copy and a read")  # fmt: skip
     benchmark.pedantic(apply, rounds=1)
     benchmark.extra_info["command"] = command._asdict()

@@ -2,12 +2,23 @@
 
 import multiprocessing
 import os
+import re
+import shutil
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+
+from prosocial_ext import cli
+from prosocial_ext.checkpoints.outputs import partials
+from tests.direg.files import folder_bytes
 
 CHANGES = ("pwrite", "fsync", "ftruncate", "rename", "replace", "unlink", "mkdir", "rmdir")
 END_SECONDS = 60
@@ -59,3 +70,67 @@ def kill(call: Callable[[], object], at: int) -> None:
     process = start(call, lambda i, what: i == at, signal.SIGKILL)
     process.join(END_SECONDS)
     assert process.exitcode == -signal.SIGKILL, process.exitcode
+
+
+class Stoppable:
+    """A call that makes ``folder / "out"``, again and again.
+
+    ``changes``: of the first call, to the disk. ``read``, ``taken``: of the last call.
+    """
+
+    changes: list[str]
+
+    def __init__(self, folder: Path, options: dict[str, Any]) -> None:
+        self.folder, self.out, self.options = folder, folder / "out", options
+        self.read, self.taken = 0, (0, 0, 0)
+
+    def arguments(self, **more: Any) -> dict[str, Any]:
+        """The call's, after which nothing is read and nothing taken over."""
+        self.read, self.taken = 0, (0, 0, 0)
+        return {"progress": self._progress, "resumed": self._resumed, **self.options, **more}
+
+    def numbers(self, pattern: str) -> list[int]:
+        """Which changes to the disk are such."""
+        return [i for i, what in enumerate(self.changes) if re.search(pattern, what)]
+
+    def _progress(self, size: int) -> None:
+        self.read += size
+
+    def _resumed(self, *taken: int) -> None:
+        self.taken = taken
+
+
+def check_command(
+    script: str, arguments: list[str], notes: str, number: int, capsys: pytest.CaptureFixture[str], says: str, done: str
+) -> None:
+    """Stop a slow command that makes "out" once three ``notes`` are there; it goes on, and begins anew with --fresh."""
+    out = Path("out")
+
+    def content() -> object:
+        return folder_bytes(out) if out.is_dir() else out.read_bytes()
+
+    def stopped() -> str:
+        process = subprocess.Popen([sys.executable, "-c", script, *arguments], stderr=subprocess.PIPE, text=True)
+        while len(list(Path().glob(f".out.*.partial/aside/{notes}/*"))) < 3:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(number)
+        told = process.communicate(timeout=END_SECONDS)[1]
+        assert process.returncode != 0
+        return told
+
+    told = stopped()
+    (left,) = partials(out)
+    kept = f"What is complete is kept in {left}: the same command goes on from there, or begins anew with --fresh.\n"
+    assert told == (kept if number == signal.SIGTERM else "")
+    assert cli.main(arguments) == 0
+    found = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(says + r" of a stopped run \(--fresh begins anew\)", found[1])
+    assert found[2].startswith(done)
+    undisturbed = content()
+    shutil.rmtree(out) if out.is_dir() else out.unlink()
+    stopped()
+    assert cli.main([*arguments, "--fresh"]) == 0
+    assert "goes on" not in capsys.readouterr().out
+    assert content() == undisturbed
+    assert not partials(out)

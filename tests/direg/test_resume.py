@@ -8,8 +8,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +18,7 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 
-from prosocial_ext import _C, cli
+from prosocial_ext import _C
 from prosocial_ext.checkpoints.checkpoint import Checkpoint
 from prosocial_ext.checkpoints.errors import CheckpointError, StoppedError
 from prosocial_ext.checkpoints.outputs import joined_folder, partials
@@ -28,7 +26,7 @@ from prosocial_ext.direg import HarmVector, apply_vector, checkpoint_edit, rever
 from prosocial_ext.direg import extract as extraction
 from prosocial_ext.direg.ranks import Ranks
 from tests.direg.files import folder_bytes, model, tuned
-from tests.direg.killing import END_SECONDS, changes_of, kill, on_changes, start
+from tests.direg.killing import END_SECONDS, Stoppable, changes_of, check_command, kill, on_changes, start
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")  # who keep to one thread
 
@@ -57,14 +55,11 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-class Run:
-    """An edit into ``folder / "out"``, which is called again and again; ``read`` and ``taken`` are of the last call.
-
-    What it must come to is found by a first call: ``bytes``, ``done``, and the ``changes`` to the disk on the way.
-    """
+class Run(Stoppable):
+    """An edit. What it must come to, ``bytes`` and ``done``, is found by a first call."""
 
     def __init__(self, folder: Path, **options: Any) -> None:
-        self.folder, self.out, self.options = folder, folder / "out", options
+        super().__init__(folder, options)
         self.changes = changes_of(self)
         self.bytes, self.all_read = folder_bytes(self.out), self.read
         self.done = self(overwrite=True)
@@ -72,22 +67,11 @@ class Run:
         self.shards = len(self.numbers(NOTED))
 
     def __call__(self, **more: Any) -> Any:
-        self.read, self.taken = 0, (0, 0, 0)
-        return self._edit(**{"progress": self._progress, "resumed": self._resumed, **self.options, **more})
+        return self._edit(**self.arguments(**more))
 
     def _edit(self, **arguments: Any) -> Any:
         vector = HarmVector.load(self.folder / "v.safetensors")
         return apply_vector(self.folder / "base", vector, self.out, **{"scale": 1.5, **arguments})
-
-    def _progress(self, size: int) -> None:
-        self.read += size
-
-    def _resumed(self, *taken: int) -> None:
-        self.taken = taken
-
-    def numbers(self, pattern: str) -> list[int]:
-        """Which changes to the disk are such."""
-        return [i for i, what in enumerate(self.changes) if re.search(pattern, what)]
 
     def complete(self, shards: int) -> int:
         """The change that comes next when so many shards are complete."""
@@ -505,7 +489,7 @@ from prosocial_ext import cli
 extract._CHUNK = 512
 plain = checkpoint_edit.word_sum
 def slow(elements):
-    time.sleep(0.02 if len(list(Path().glob(".out.*.partial/aside/notes/*"))) < 2 else 0.5)
+    time.sleep(0.02 if len(list(Path().glob(".out.*.partial/aside/notes/*"))) < 3 else 0.5)
     return plain(elements)
 checkpoint_edit.word_sum = slow
 sys.exit(cli.main(sys.argv[1:]))
@@ -514,33 +498,6 @@ APPLY = ["direg", "apply", "--model", "base", "--harm-vector", "v.safetensors", 
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_the_command_says_what_it_takes_over(
-    made: Path, capsys: pytest.CaptureFixture[str], number: signal.Signals
-) -> None:
-    def stopped() -> str:
-        process = subprocess.Popen([sys.executable, "-c", SLOW, *APPLY], stderr=subprocess.PIPE, text=True)
-        while len(list(made.glob(".out.*.partial/aside/notes/*"))) < 2:
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.send_signal(number)
-        told = process.communicate(timeout=END_SECONDS)[1]
-        assert process.returncode != 0
-        return told
-
-    told = stopped()
-    (left,) = partials(made / "out")
-    kept = (
-        f"What is complete is kept in {left.name}: the same command goes on from there, or begins anew with --fresh.\n"
-    )
-    assert told == (kept if number == signal.SIGTERM else "")
-    assert cli.main(APPLY) == 0
-    found = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"goes on after [2-5] of 6 shards of a stopped run \(--fresh begins anew\)", found[1])
-    assert found[2].startswith("edited ")
-    bytes_made = folder_bytes(made / "out")
-    shutil.rmtree(made / "out")
-    stopped()
-    assert cli.main([*APPLY, "--fresh"]) == 0
-    assert "goes on" not in capsys.readouterr().out
-    assert folder_bytes(made / "out") == bytes_made
-    assert not partials(made / "out")
+@pytest.mark.usefixtures("made")
+def test_the_command_says_what_it_takes_over(capsys: pytest.CaptureFixture[str], number: signal.Signals) -> None:
+    check_command(SLOW, APPLY, "notes", number, capsys, r"goes on after [3-5] of 6 shards", "edited ")

@@ -8,9 +8,7 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from prosocial_ext import _C, cli
+from prosocial_ext import _C
 from prosocial_ext.checkpoints.errors import CheckpointError, StoppedError
 from prosocial_ext.checkpoints.outputs import partials
 from prosocial_ext.direg import HarmVector
@@ -28,7 +26,7 @@ from prosocial_ext.direg.cut import nothing
 from prosocial_ext.direg.kept import Kept
 from prosocial_ext.direg.ranks import Ranks
 from tests.direg.files import folder_bytes, model, tuned
-from tests.direg.killing import END_SECONDS, changes_of, kill, start
+from tests.direg.killing import END_SECONDS, Stoppable, changes_of, check_command, kill, start
 from tests.direg.test_adapter import adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")  # who keep to one thread
@@ -72,14 +70,11 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-class Run:
-    """An extraction into ``folder / "out"``, called again and again; ``read`` and ``taken`` are of the last call.
-
-    What it must come to is found by a first call: ``bytes``, and the ``changes`` to the disk on the way.
-    """
+class Run(Stoppable):
+    """An extraction. What it must come to, ``bytes``, is found by a first call."""
 
     def __init__(self, folder: Path, **options: Any) -> None:
-        self.folder, self.out, self.options = folder, folder / "out", options
+        super().__init__(folder, options)
         self.changes = changes_of(self)
         self.bytes, self.all_read = self.out.read_bytes(), self.read
         self.out.unlink()
@@ -87,20 +82,8 @@ class Run:
         assert not partials(self.out)
 
     def __call__(self, **more: Any) -> None:
-        self.read, self.taken = 0, (0, 0, 0)
-        arguments = {"base": "base", "harm": "harm", "density": 0.3, "progress": self._progress,
-                     "resumed": self._resumed, **self.options, **more}  # fmt: skip
-        HarmVector.from_checkpoints(out=self.out, **arguments)
-
-    def _progress(self, size: int) -> None:
-        self.read += size
-
-    def _resumed(self, *taken: int) -> None:
-        self.taken = taken
-
-    def numbers(self, pattern: str) -> list[int]:
-        """Which changes to the disk are such."""
-        return [i for i, what in enumerate(self.changes) if re.search(pattern, what)]
+        sides = {"base": "base", "harm": "harm", "density": 0.3}
+        HarmVector.from_checkpoints(out=self.out, **{**sides, **self.arguments(**more)})
 
     def stop(self, notes: int = 3) -> Path:
         """Kill a call just after so many notes; return what it leaves."""
@@ -549,33 +532,6 @@ EXTRACT = ["direg", "extract", "--base", "base", "--harm", "harm", "--density", 
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_the_command_says_what_it_takes_over(
-    made: Path, capsys: pytest.CaptureFixture[str], number: signal.Signals
-) -> None:
-    def stopped() -> str:
-        process = subprocess.Popen([sys.executable, "-c", SLOW, *EXTRACT], stderr=subprocess.PIPE, text=True)
-        while len(list(made.glob(".out.*.partial/aside/0/notes/*"))) < 3:
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.send_signal(number)
-        told = process.communicate(timeout=END_SECONDS)[1]
-        assert process.returncode != 0
-        return told
-
-    told = stopped()
-    (left,) = partials(made / "out")
-    kept = (
-        f"What is complete is kept in {left.name}: the same command goes on from there, or begins anew with --fresh.\n"
-    )
-    assert told == (kept if number == signal.SIGTERM else "")
-    assert cli.main(EXTRACT) == 0
-    found = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"goes on after \d+ of 20 tensors of a stopped run \(--fresh begins anew\)", found[1])
-    assert found[2].startswith("extracted ")
-    bytes_made = (made / "out").read_bytes()
-    (made / "out").unlink()
-    stopped()
-    assert cli.main([*EXTRACT, "--fresh"]) == 0
-    assert "goes on" not in capsys.readouterr().out
-    assert (made / "out").read_bytes() == bytes_made
-    assert not partials(made / "out")
+@pytest.mark.usefixtures("made")
+def test_the_command_says_what_it_takes_over(capsys: pytest.CaptureFixture[str], number: signal.Signals) -> None:
+    check_command(SLOW, EXTRACT, "0/notes", number, capsys, r"goes on after \d+ of 20 tensors", "extracted ")

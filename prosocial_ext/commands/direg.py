@@ -223,7 +223,7 @@ def _apply(arguments: argparse.Namespace) -> int:
                 model, vector, arguments.out, scale=arguments.scale, undo=arguments.undo, dtype=dtype,
                 rounding=arguments.rounding, seed=arguments.seed,
                 overwrite=arguments.overwrite, resume=not arguments.fresh, memory=arguments.memory * _MIB,
-                progress=bar.update, resumed=_goes_on(bar, "shards", arguments.ranks.size), ranks=arguments.ranks,
+                progress=bar.update, resumed=_goes_on(bar, "parts", arguments.ranks.size), ranks=arguments.ranks,
             )  # fmt: skip
     threshold = "none" if math.isinf(done.threshold) else f"{done.threshold:.2e}"
     print(
@@ -247,7 +247,7 @@ def _revert(arguments: argparse.Namespace) -> int:
             restored = revert_checkpoint(
                 model, arguments.out, record=arguments.record, overwrite=arguments.overwrite,
                 resume=not arguments.fresh, memory=arguments.memory * _MIB, progress=bar.update,
-                resumed=_goes_on(bar, "shards"),
+                resumed=_goes_on(bar, "parts"),
             )  # fmt: skip
     print(f"restored {restored:,} entries: {arguments.out}")
     return 0

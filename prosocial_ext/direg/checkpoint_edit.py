@@ -26,9 +26,19 @@ from prosocial_ext.direg.live import fits
 from prosocial_ext.direg.outline import Outline, original, recorded, same, widened
 from prosocial_ext.direg.ranks import ALONE, Ranks
 from prosocial_ext.direg.resume import Resumed, job_of, working_folder
-from prosocial_ext.direg.rewrite import RECORDS, Cursor, FileEdit, carry, converted, files_at_once, rewrite, write_json
+from prosocial_ext.direg.rewrite import (
+    RECORDS,
+    Cursor,
+    StretchEdit,
+    carry,
+    converted,
+    rewrite,
+    stretches_at_once,
+    write_json,
+)
 from prosocial_ext.direg.rounding import Rounding
 from prosocial_ext.direg.sparse_file import Measure, SparseReader, SparseWriter
+from prosocial_ext.direg.stretches import Stretch
 from prosocial_ext.direg.tally import Tally
 from prosocial_ext.direg.undo_record import UNDO, join
 from prosocial_ext.ops._stream import Buffers, subtract_
@@ -116,7 +126,8 @@ def apply_vector(
     README.md, tells what was done; the base's becomes README.base.md. The folder appears when it is complete.
 
     Where a run was stopped (killed, or by SIGTERM, a full disk, another rank's end), the same call, on any number of
-    ranks, goes on after the weight files that it had completed, and writes the same bytes. It is the same if everything
+    ranks, goes on after the stretches (shards, or a GiB of a larger one) that it had completed, and writes the same
+    bytes. It is the same if everything
     is that they depend on: the model's and the vector's files, as size, time of change and header tell; scale, dtype,
     rounding, seed, undo; the versions of this package and of torch. Any other call begins afresh.
 
@@ -136,7 +147,7 @@ def apply_vector(
         resume: Go on with what a stopped run left; without, that is removed.
         memory: Bytes for buffers.
         progress: Called with the number of bytes just read of the model.
-        resumed: Called, if a stopped run is gone on with, with the number of weight files taken over, of how many, and
+        resumed: Called, if a stopped run is gone on with, with the number of stretches taken over, of how many, and
             their bytes, which are not read again.
         ranks: Of a torchrun (`prosocial_ext.direg.ranks`): they share the shards, and write the one-rank folder.
 
@@ -156,10 +167,10 @@ def apply_vector(
             Path(out), job, checkpoint, outline, overwrite=overwrite, resume=resume, resumed=resumed, ranks=ranks
         ) as work:
             edit = _Subtraction(checkpoint, vector, scale, write, work.parts if undo else None)
-            rewrite(checkpoint, work.share(checkpoint, ranks), work.made, edit, chunk, files_at_once(memory), progress,
+            rewrite(checkpoint, work.share(ranks), work.made, edit, chunk, stretches_at_once(memory), progress,
                     outline, work.complete)  # fmt: skip
             work.gather(ranks)
-            found = Tally.total(work.notes[name]["found"] for name in checkpoint.files)
+            found = Tally.total(work.notes[stretch.name]["found"] for stretch in work.stretches)
             done = edit.result(planned, found)
             if ranks.rank == 0:
                 if undo:
@@ -167,7 +178,7 @@ def apply_vector(
                         "prosocial_ext": _C.version, "card": True, **before,
                         "edited_fingerprint": edit.fingerprint(found),
                     }  # fmt: skip
-                    parts = [(work.parts / name, work.notes[name]["part"]) for name in checkpoint.files]
+                    parts = [(work.parts / one.name, work.notes[one.name]["part"]) for one in work.stretches]
                     join(parts, work.made / UNDO, record)
                 carry(checkpoint, work.made, outline)
                 recipe = {
@@ -231,7 +242,7 @@ def revert_checkpoint(
             with working_folder(
                 Path(out), job, checkpoint, outline, overwrite=overwrite, resume=resume, resumed=resumed
             ) as work:
-                rewrite(checkpoint, work.share(checkpoint, ALONE), work.made, edit, chunk, files_at_once(memory),
+                rewrite(checkpoint, work.share(ALONE), work.made, edit, chunk, stretches_at_once(memory),
                         progress, outline, work.complete)  # fmt: skip
                 found = [note["found"] for note in work.notes.values()]
                 edit.check(found)
@@ -269,7 +280,7 @@ def _targets(checkpoint: Checkpoint, vector: HarmVector) -> dict[str, str]:
 
 
 class _Subtraction:
-    """Subtracts, and writes a part of the undo record along with each weight file."""
+    """Subtracts, and writes a part of the undo record along with each stretch."""
 
     def __init__(
         self, checkpoint: Checkpoint, vector: HarmVector, scale: float, rounding: Rounding, parts: Path | None
@@ -278,16 +289,16 @@ class _Subtraction:
         self.targets, self._parts = _targets(checkpoint, vector), parts
 
     @contextlib.contextmanager
-    def file(self, name: str) -> Iterator[FileEdit]:
-        """Begin a weight file, and complete its part of the record."""
+    def stretch(self, stretch: Stretch) -> Iterator[StretchEdit]:
+        """Begin a stretch, and complete its part of the record."""
         if self._parts is None:
-            yield _FileSubtraction(self, None)
+            yield _StretchSubtraction(self, None)
             return
-        entries = self.checkpoint.files[name].entries
-        shapes = {tensor: entry.shape for tensor, entry in entries.items() if tensor in self.targets}
-        with new_descriptor(self._parts / name) as descriptor:
+        entries = self.checkpoint.files[stretch.file].entries
+        shapes = {tensor: entries[tensor].shape for tensor in stretch.tensors if tensor in self.targets}
+        with new_descriptor(self._parts / stretch.name) as descriptor:
             undo = SparseWriter(descriptor, "undo", shapes, {})
-            yield _FileSubtraction(self, undo)
+            yield _StretchSubtraction(self, undo)
             undo.finish({})
 
     def result(self, planned: CheckpointEdit, found: Tally) -> CheckpointEdit:
@@ -320,11 +331,11 @@ class _Subtraction:
         return DTYPES[self.checkpoint.entry(name).dtype]
 
 
-class _FileSubtraction:
+class _StretchSubtraction:
     """Subtracts chunk by chunk, and counts."""
 
-    def __init__(self, all_files: _Subtraction, undo: SparseWriter | None) -> None:
-        self._all, self._undo = all_files, undo
+    def __init__(self, whole: _Subtraction, undo: SparseWriter | None) -> None:
+        self._all, self._undo = whole, undo
         self._buffers, self._found = Buffers(), Tally()
 
     def wants(self, name: str) -> bool:
@@ -385,9 +396,9 @@ class _Restoration:
                 what = f"tensor {shown(name)} of {checkpoint.folder}"
                 refuse(what, f"be {expected[0]} {list(expected[1])} as recorded", stated, "Take the edit's own record.")
 
-    def file(self, _: str) -> contextlib.AbstractContextManager[FileEdit]:
-        """Begin a weight file."""
-        return contextlib.nullcontext(_FileRestoration(self._record))
+    def stretch(self, _: Stretch) -> contextlib.AbstractContextManager[StretchEdit]:
+        """Begin a stretch."""
+        return contextlib.nullcontext(_StretchRestoration(self._record))
 
     def check(self, files: Iterable[Mapping[str, Any]]) -> None:
         """Raise unless what was read of all files is what the edit wrote."""
@@ -401,7 +412,7 @@ class _Restoration:
             refuse(str(self._checkpoint.folder), rule, "other weights", "Take the undo record of this very folder.")
 
 
-class _FileRestoration:
+class _StretchRestoration:
     """Puts the originals back chunk by chunk."""
 
     def __init__(self, record: SparseReader) -> None:

@@ -1,7 +1,7 @@
 """The folder that an edit writes, or the file of an extraction, gone on with where a stopped run of it has left it.
 
-A weight file is taken over if the journal of the same job vouches for it, which it does once the file is on the disk,
-and if it is a regular file of the right size; of all others nothing is believed, and nothing kept. What an extraction
+A stretch of a weight file is taken over if the journal of the same job vouches for it, which it does once it is on the
+disk, and if the file is a regular one of the right size; of all others nothing is believed. What an extraction
 takes over is what it has read (`prosocial_ext.direg.read_notes`); its output is written in one go.
 """
 
@@ -34,38 +34,45 @@ from prosocial_ext.direg.outline import Outline
 from prosocial_ext.direg.ranks import ALONE, Ranks
 from prosocial_ext.direg.read_notes import ReadNotes
 from prosocial_ext.direg.rewrite import RECORDS
+from prosocial_ext.direg.stretches import Stretch, stretches
 from prosocial_ext.direg.undo_record import UNDO, header_of, holds
 
 __all__ = ["Resumed", "Work", "job_of", "working_file", "working_folder"]
 
-# Called with the files, or tensors, taken over, of how many, and the bytes not read again.
+# Called with the stretches, or tensors, taken over, of how many, and the bytes not read again.
 Resumed = Callable[[int, int, int], object]
 
 
 class Work:
-    """What the ranks write together: the folder ``made``, and what is known of each weight file that is complete.
+    """What the ranks write together: the folder ``made``, and what is known of each stretch that is complete.
 
-    ``parts``: where a part of the undo record lies, by weight file. ``notes``: what the journal says, by weight file.
+    ``stretches``: all of the checkpoint's. ``parts``: where a part of the undo record lies, by stretch. ``notes``: what
+    the journal says, by stretch.
     """
 
-    def __init__(self, folder: Partial, job: str) -> None:
+    def __init__(self, folder: Partial, job: str, checkpoint: Checkpoint) -> None:
+        self.stretches = stretches(checkpoint)
         self.made, self.parts = folder.made, folder.aside / "parts"
         self.notes: dict[str, dict[str, Any]] = {}
         self._notes = folder.aside / "notes"
         self._journal = Journal(self._notes, job)
 
-    def share(self, checkpoint: Checkpoint, ranks: Ranks) -> list[str]:
-        """This rank's part of the weight files that are not complete."""
-        rest = [name for name in checkpoint.files if name not in self.notes]
-        return [rest[i] for i in ranks.share([checkpoint.files[name].size for name in rest])]
+    def share(self, ranks: Ranks) -> list[Stretch]:
+        """This rank's part of what is not complete, whole files: machines that share a disk may not share a page."""
+        rest: dict[str, list[Stretch]] = {}
+        for stretch in self.stretches:
+            if stretch.name not in self.notes:
+                rest.setdefault(stretch.file, []).append(stretch)
+        files = list(rest.values())
+        return [one for i in ranks.share([sum(one.bytes for one in file) for file in files]) for one in files[i]]
 
-    def complete(self, file: str, found: dict[str, Any]) -> None:
-        """Vouch for a weight file that is synced, as is its part of the undo record, if there is one."""
-        part = self.parts / file
-        self.notes[file] = {"found": found, "part": header_of(part) if part.exists() else None}
+    def complete(self, stretch: str, found: dict[str, Any]) -> None:
+        """Vouch for a stretch that is synced, as is its part of the undo record, if there is one."""
+        part = self.parts / stretch
+        self.notes[stretch] = {"found": found, "part": header_of(part) if part.exists() else None}
         sync_folder(self.made)
         sync_folder(self.parts)
-        self._journal.add(file, self.notes[file])
+        self._journal.add(stretch, self.notes[stretch])
 
     def gather(self, ranks: Ranks) -> None:
         """Add the notes of the other ranks."""
@@ -73,25 +80,26 @@ class Work:
             self.notes |= notes
 
     def look(self, outline: Outline) -> int:
-        """Note what is complete, and return how many files that is."""
+        """Note what is complete, and return how many stretches that is."""
         self.notes = {}
         if not all(is_folder(folder) or not os.path.lexists(folder) for folder in self._folders()):
             return 0
-        notes = {name: self._journal.read(name) for name in outline.headers}
-        whole = {name: note for name, note in notes.items() if note and _is_file(self.made / name, outline.size(name))}
-        self.notes = {name: note for name, note in whole.items() if self._is_recorded(name, note["part"])}
+        whole = {file for file in outline.headers if _is_file(self.made / file, outline.size(file))}
+        notes = {one.name: self._journal.read(one.name) for one in self.stretches if one.file in whole}
+        self.notes = {name: note for name, note in notes.items() if note and self._is_recorded(name, note["part"])}
         return len(self.notes)
 
     def tidy(self) -> None:
         """Remove what is not complete, and make the folders that are written into."""
         joined = any(note["part"] and not (self.parts / name).exists() for name, note in self.notes.items())
-        keep = [{*self.notes, RECORDS}, {Path(UNDO).name} if joined else set(), self.notes, self.notes]
+        files = {one.file for one in self.stretches if one.name in self.notes}
+        keep = [{*files, RECORDS}, {Path(UNDO).name} if joined else set(), self.notes, self.notes]
         for folder, kept in zip(self._folders(), keep, strict=True):
             clean_folder(folder, kept)
 
-    def _is_recorded(self, file: str, part: str | None) -> bool:
+    def _is_recorded(self, stretch: str, part: str | None) -> bool:
         """Whether the undo record has its part, or already is what that went into."""
-        return part is None or any(holds(place, part) for place in (self.parts / file, self.made / UNDO))
+        return part is None or any(holds(place, part) for place in (self.parts / stretch, self.made / UNDO))
 
     def _folders(self) -> list[Path]:
         return [self.made, self.made / RECORDS, self.parts, self._notes]
@@ -137,18 +145,19 @@ def working_folder(
     with ExitStack() as stack:
         if ranks.rank == 0:
             folder = stack.enter_context(
-                resumable_folder(out, lambda left: Work(left, job).look(outline), overwrite=overwrite, resume=resume)
-            )
-            work = Work(folder, job)
+                resumable_folder(out, lambda left: Work(left, job, checkpoint).look(outline), overwrite=overwrite,
+                                 resume=resume)
+            )  # fmt: skip
+            work = Work(folder, job, checkpoint)
             if work.look(outline):
-                read = sum(checkpoint.files[name].size for name in work.notes)
-                resumed(len(work.notes), len(outline.headers), read)
+                read = sum(one.bytes for one in work.stretches if one.name in work.notes)
+                resumed(len(work.notes), len(work.stretches), read)
             work.tidy()
             ranks.gather((folder.place, job, work.notes))
         else:
             ours: Any = None
             place, job, notes = ranks.gather(ours)[0]
-            work = Work(stack.enter_context(joined_folder(place)), job)
+            work = Work(stack.enter_context(joined_folder(place)), job, checkpoint)
             work.notes = notes
         yield work
     ranks.gather(None)  # the folder is there

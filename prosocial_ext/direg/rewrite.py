@@ -1,4 +1,4 @@
-"""Copies a checkpoint folder with some elements changed: a few shards at once, each chunk by chunk.
+"""Copies a checkpoint folder with some elements changed: a few stretches at once, each chunk by chunk.
 
 Headers, metadata, index, dtypes and sharding stay byte for byte, up to what the outline changes; of the other files
 only settings and texts come along.
@@ -31,21 +31,23 @@ from prosocial_ext.checkpoints.safetensors_file import DTYPES, SafetensorsFile
 from prosocial_ext.checkpoints.safetensors_header import TensorEntry
 from prosocial_ext.direg.outline import Outline
 from prosocial_ext.direg.sparse_file import Block
+from prosocial_ext.direg.stretches import Stretch
 from prosocial_ext.direg.widths import SIXTEEN, narrow, widen
 from prosocial_ext.ops._stream import Buffers
 
 __all__ = [
-    "RECORDS", "CheckpointChange", "Cursor", "FileEdit", "carry", "converted", "files_at_once", "rewrite", "write_json",
+    "RECORDS", "CheckpointChange", "Cursor", "StretchEdit", "carry", "converted", "rewrite", "stretches_at_once",
+    "write_json",
 ]  # fmt: skip
 
 RECORDS = "direg"  # the folder of recipe and undo record: loaders that take every *.safetensors do not look there
 _BYTES = 1 << 23
-_MOST_FILES = 4  # at once
-_PER_FILE = 128 << 20  # bytes of memory: three chunks, and the blocks of entries that meet them
+_MOST_AT_ONCE = 4
+_PER_STRETCH = 128 << 20  # bytes of memory: three chunks, and the blocks of entries that meet them
 
 
-class FileEdit(Protocol):
-    """What is done to the tensors of one weight file, in the order that they lie in."""
+class StretchEdit(Protocol):
+    """What is done to the tensors of one stretch of a weight file, in the order that they lie in."""
 
     def wants(self, name: str) -> bool:
         """Whether the tensor is given to `edit_` at all; called once per tensor, before its first chunk."""
@@ -54,14 +56,14 @@ class FileEdit(Protocol):
         """Edit a chunk, the flat elements from ``start`` on; return it, in any dtype that `converted` takes."""
 
     def facts(self) -> dict[str, Any]:
-        """What was found in the file, as JSON."""
+        """What was found in the stretch, as JSON."""
 
 
 class CheckpointChange(Protocol):
-    """What is done to the weight files of a checkpoint, several at once."""
+    """What is done to the stretches of a checkpoint, several at once."""
 
-    def file(self, name: str) -> AbstractContextManager[FileEdit]:
-        """Begin a weight file, and complete what is written along with it; no file is begun twice."""
+    def stretch(self, stretch: Stretch) -> AbstractContextManager[StretchEdit]:
+        """Begin a stretch, and complete what is written along with it; none is begun twice."""
 
 
 class Cursor:
@@ -98,18 +100,18 @@ class Cursor:
         return torch.cat([positions for positions, _ in parts]), torch.cat([values for _, values in parts])
 
 
-def files_at_once(memory: int) -> int:
-    """How many weight files are rewritten at once, with ``memory`` bytes and this process's cores.
+def stretches_at_once(memory: int) -> int:
+    """How many stretches are rewritten at once, with ``memory`` bytes and this process's cores.
 
-    >>> files_at_once(64 << 20)
+    >>> stretches_at_once(64 << 20)
     1
     """
-    return min(_MOST_FILES, torch.get_num_threads(), max(1, memory // _PER_FILE))
+    return min(_MOST_AT_ONCE, torch.get_num_threads(), max(1, memory // _PER_STRETCH))
 
 
 def rewrite(
     checkpoint: Checkpoint,
-    files: Iterable[str],
+    share: Iterable[Stretch],
     folder: Path,
     change: CheckpointChange,
     chunk: int,
@@ -118,10 +120,10 @@ def rewrite(
     outline: Outline,
     complete: Callable[[str, dict[str, Any]], object],
 ) -> None:
-    """Write edited weight files into ``folder``, which lacks them, under the headers of ``outline``.
+    """Write the edited stretches of ``share`` into the files in ``folder``, under the headers of ``outline``.
 
-    ``complete`` is called with name and facts of each that is done and synced, ``progress`` with the number of bytes
-    just read; neither is called twice at once.
+    ``complete`` is called with name and facts of each stretch that is done and synced, ``progress`` with the number of
+    bytes just read; neither is called twice at once.
     """
     stopped, telling, failures = Event(), Lock(), list[BaseException]()
 
@@ -131,40 +133,40 @@ def rewrite(
                 raise CancelledError
             progress(size)
 
-    def work(name: str) -> None:
+    def work(stretch: Stretch) -> None:
         if stopped.is_set():
             return
         try:
-            facts = _rewrite_file(checkpoint.files[name], folder / name, change, chunk, read, outline)
+            facts = _rewrite(checkpoint.files[stretch.file], stretch, folder, change, chunk, read, outline)
             with telling:
-                complete(name, facts)
+                complete(stretch.name, facts)
         except BaseException as error:  # the first one tells why; those of the others follow from it
             failures.append(error)
             stopped.set()
 
     with ThreadPoolExecutor(at_once, "prosocial-rewrite") as pool:
         try:
-            wait([pool.submit(work, name) for name in files])
+            wait([pool.submit(work, stretch) for stretch in share])
         finally:  # a signal, too
             stopped.set()
     if failures:
         raise failures[0]
 
 
-def _rewrite_file(
-    file: SafetensorsFile, out: Path, change: CheckpointChange, chunk: int, told: Callable[[int], None],
-    outline: Outline,
+def _rewrite(
+    file: SafetensorsFile, stretch: Stretch, folder: Path, change: CheckpointChange, chunk: int,
+    told: Callable[[int], None], outline: Outline,
 ) -> dict[str, Any]:  # fmt: skip
     """Read ahead of the edit and write behind it."""
-    name, buffers = out.name, Buffers()
-    header, entries = outline.headers[name], outline.entries(name)
+    old, buffers = [file.entries[name] for name in stretch.tensors], Buffers()
+    header, entries = outline.headers[stretch.file], outline.entries(stretch.file)
 
     def steps(entry: TensorEntry) -> range:
         return range(0, entry.stop - entry.start, chunk * entry.itemsize if entry.dtype in DTYPES else _BYTES)
 
     def reads() -> Iterator[Callable[[], Tensor]]:
         turns = cycle(range(3))  # of the piece being read, the one being edited and the one being written
-        for entry in file.entries.values():
+        for entry in old:
             first, end = file.data_start + entry.start, file.data_start + entry.stop
             for begin in steps(entry):
                 start, stop = first + begin, min(end, first + begin + steps(entry).step)
@@ -172,13 +174,14 @@ def _rewrite_file(
                 yield partial(file.read_bytes, start, stop, buffer)
 
     with (
-        change.file(name) as edit,
-        new_descriptor(out) as descriptor,
+        change.stretch(stretch) as edit,
+        new_descriptor(folder / stretch.file, may_exist=True) as descriptor,
         closing(ahead(reads())) as pieces,
         ThreadPoolExecutor(1, "prosocial-behind") as behind,
     ):
+        os.ftruncate(descriptor, outline.size(stretch.file))  # as all stretches of the file do
         written = behind.submit(write_all, descriptor, 0, header)
-        for entry in file.entries.values():
+        for entry in old:
             new = entries[entry.name]
             wanted = edit.wants(entry.name)
             for begin in steps(entry):
@@ -194,7 +197,6 @@ def _rewrite_file(
                 written.result()
                 written = behind.submit(write_all, descriptor, len(header) + new.start + place, elements)
         written.result()
-        os.ftruncate(descriptor, outline.size(name))
     return edit.facts()
 
 

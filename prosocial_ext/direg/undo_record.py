@@ -1,4 +1,4 @@
-"""The undo record in the making: a part per weight file, joined in their order, byte for byte, when all are there.
+"""The undo record in the making: a part per stretch, joined in their order, byte for byte, when all are there.
 
 So no two processes write one file, and the bytes of the record depend on neither their number nor on stops. A part goes
 when the record holds it on the disk: both together never take more than the record and its largest part.

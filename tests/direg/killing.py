@@ -125,7 +125,7 @@ def check_command(
     assert told == (kept if number == signal.SIGTERM else "")
     assert cli.main(arguments) == 0
     found = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(says + r" of a stopped run \(--fresh begins anew\)", found[1])
+    assert re.fullmatch(says + r" of a stopped run \(--fresh begins anew\)", found[1]), found[1]
     assert found[2].startswith(done)
     undisturbed = content()
     shutil.rmtree(out) if out.is_dir() else out.unlink()

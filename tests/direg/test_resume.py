@@ -21,10 +21,13 @@ import torch.distributed as dist
 from prosocial_ext import _C
 from prosocial_ext.checkpoints.checkpoint import Checkpoint
 from prosocial_ext.checkpoints.errors import CheckpointError, StoppedError
-from prosocial_ext.checkpoints.outputs import joined_folder, partials
+from prosocial_ext.checkpoints.outputs import Partial, joined_folder, partials
 from prosocial_ext.direg import HarmVector, apply_vector, checkpoint_edit, revert_checkpoint
 from prosocial_ext.direg import extract as extraction
+from prosocial_ext.direg import stretches as stretching
 from prosocial_ext.direg.ranks import Ranks
+from prosocial_ext.direg.resume import Work
+from prosocial_ext.direg.stretches import Stretch
 from tests.direg.files import folder_bytes, model, tuned
 from tests.direg.killing import END_SECONDS, Stoppable, changes_of, check_command, kill, on_changes, start
 
@@ -131,7 +134,7 @@ def test_several_shards_at_once_come_to_the_bytes_of_one_after_the_other(
 ) -> None:
     run = Revert(made) if name == "revert" else Run(made, **OPTIONS[name])
     (renamed,) = run.numbers("^rename ")
-    monkeypatch.setattr(checkpoint_edit, "files_at_once", lambda _: 3)
+    monkeypatch.setattr(checkpoint_edit, "stretches_at_once", lambda _: 3)
     run.check(0)
     for at in random.Random(name).sample(range(renamed), DRAWN):
         shutil.rmtree(run.out)
@@ -140,9 +143,73 @@ def test_several_shards_at_once_come_to_the_bytes_of_one_after_the_other(
         run.check(sum(note.stat().st_size > 0 for note in notes))
 
 
+@pytest.fixture
+def short_stretches(made: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[Stretch]]:
+    """Once called, files are cut into stretches; returns them."""
+
+    def cut_up() -> list[Stretch]:
+        monkeypatch.setattr(stretching, "_BYTES", 3000)
+        with Checkpoint(made / "base") as base:
+            return stretching.stretches(base)
+
+    return cut_up
+
+
+@pytest.mark.parametrize("name", [*OPTIONS, "revert"])
+def test_files_in_stretches_come_to_the_bytes_of_whole_ones(
+    made: Path, short_stretches: Callable[[], list[Stretch]], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    run = Revert(made) if name == "revert" else Run(made, **OPTIONS[name])
+    (renamed,) = run.numbers("^rename ")
+    assert len(short_stretches()) > 1.5 * run.shards
+    monkeypatch.setattr(checkpoint_edit, "stretches_at_once", lambda _: 3)
+    run.check(0)
+    for at in random.Random(name).sample(range(renamed), DRAWN):
+        shutil.rmtree(run.out)
+        kill(run, at)
+        notes = [note for left in partials(run.out) for note in (left / "aside" / "notes").glob("*")]
+        run.check(sum(note.stat().st_size > 0 for note in notes))
+
+
+def test_a_checkpoint_in_one_file_goes_on_after_its_stretches(
+    made: Path, short_stretches: Callable[[], list[Stretch]]
+) -> None:
+    model("llama-tied", 0, torch.bfloat16).save_pretrained(made / "base")
+    for shard in (made / "base").glob("model-*"):
+        shard.unlink()
+    (made / "base" / "model.safetensors.index.json").unlink()
+    cut = short_stretches()
+    run = Run(made, **UNDO)
+    assert run.shards == len(cut) > 4
+    left = run.stop(3)
+    file = left / "made" / "model.safetensors"
+    assert {note.name for note in (left / "aside" / "notes").iterdir()} == {f"{file.name}.{k}" for k in range(3)}
+    run.check(3)
+    assert run.taken == (3, len(cut), sum(stretch.bytes for stretch in cut[:3]))
+    assert run.read == sum(stretch.bytes for stretch in cut[3:])
+    shutil.rmtree(run.out)
+    left = run.stop(3)
+    os.truncate(left / "made" / "model.safetensors", 9000)  # it held all of them
+    run.check(0)
+
+
+def test_stretches_are_runs_of_tensors_that_cover_the_files(
+    made: Path, short_stretches: Callable[[], list[Stretch]]
+) -> None:
+    with Checkpoint(made / "base") as base:
+        whole = stretching.stretches(base)
+        assert [(stretch.name, stretch.bytes) for stretch in whole] == [(f, base.files[f].size) for f in base.files]
+        cut = short_stretches()
+        for name, file in base.files.items():
+            of_file = [stretch for stretch in cut if stretch.file == name]
+            assert [tensor for stretch in of_file for tensor in stretch.tensors] == list(file.entries)
+            assert sum(stretch.bytes for stretch in of_file) == file.size
+            assert all(stretch.bytes >= 3000 for stretch in of_file[:-1])
+
+
 def test_where_one_shard_fails_the_others_stop(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(made)
-    monkeypatch.setattr(checkpoint_edit, "files_at_once", lambda _: 3)
+    monkeypatch.setattr(checkpoint_edit, "stretches_at_once", lambda _: 3)
     calls = iter(range(1 << 30))
 
     def progress(size: int) -> None:
@@ -261,6 +328,21 @@ def test_another_number_of_ranks_goes_on(made: Path, before: int, after: int) ->
     assert (made / "told").read_text() == str(shards)
     assert folder_bytes(run.out) == run.bytes
     assert not partials(run.out)
+
+
+def test_ranks_share_files_and_not_stretches(made: Path, short_stretches: Callable[[], list[Stretch]]) -> None:
+    run = Run(made, **UNDO)
+    short_stretches()
+    run.stop(3)
+    assert together(run, 2) == [0, 0]
+    assert folder_bytes(run.out) == run.bytes
+    with Checkpoint(made / "base") as base:
+        partial = Partial(made / "elsewhere")
+        shares = [Work(partial, "a job", base).share(Ranks(rank, 2)) for rank in range(2)]
+        files = [{stretch.file for stretch in share} for share in shares]
+        assert all(files)
+        assert not files[0] & files[1]
+        assert files[0] | files[1] == set(base.files)
 
 
 def test_where_a_rank_is_killed_the_others_leave_what_is_complete(made: Path) -> None:
@@ -500,4 +582,4 @@ APPLY = ["direg", "apply", "--model", "base", "--harm-vector", "v.safetensors", 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.usefixtures("made")
 def test_the_command_says_what_it_takes_over(capsys: pytest.CaptureFixture[str], number: signal.Signals) -> None:
-    check_command(SLOW, APPLY, "notes", number, capsys, r"goes on after [3-5] of 6 shards", "edited ")
+    check_command(SLOW, APPLY, "notes", number, capsys, r"goes on after [2-6] of 6 parts", "edited ")

@@ -248,7 +248,7 @@ def revert_checkpoint(
                 edit.check(found)
                 carry(checkpoint, work.made, outline)
                 (work.made / RECORDS).rmdir()  # there is no record of a record
-    return sum(file["restored"] for file in found)
+    return sum(stretch["restored"] for stretch in found)
 
 
 def _opened(model: str | Path | Checkpoint) -> contextlib.AbstractContextManager[Checkpoint]:
@@ -400,10 +400,10 @@ class _Restoration:
         """Begin a stretch."""
         return contextlib.nullcontext(_StretchRestoration(self._record))
 
-    def check(self, files: Iterable[Mapping[str, Any]]) -> None:
-        """Raise unless what was read of all files is what the edit wrote."""
+    def check(self, stretches: Iterable[Mapping[str, Any]]) -> None:
+        """Raise unless what was read of all stretches is what the edit wrote."""
         entry, sums = self._checkpoint.entry, dict[str, int]()
-        for found in files:
+        for found in stretches:
             sums |= found["read"]
         names = self._record.tensors
         read = fingerprint((n, str(DTYPES[entry(n).dtype]), entry(n).shape, sums.get(n, 0)) for n in names)

@@ -32,12 +32,13 @@ def stretches(checkpoint: Checkpoint) -> list[Stretch]:
     """All of them, in the order of files and tensors; they depend on nothing but the checkpoint."""
     found = []
     for name, file in checkpoint.files.items():
-        runs: list[tuple[list[str], int]] = [([], file.data_start)]
+        runs, sizes = [list[str]()], [file.data_start]
         for entry in file.entries.values():
-            if runs[-1][1] >= _BYTES:
-                runs.append(([], 0))
-            tensors, size = runs[-1]
-            runs[-1] = ([*tensors, entry.name], size + entry.stop - entry.start)
-        for k, (tensors, size) in enumerate(runs):
+            if sizes[-1] >= _BYTES:
+                runs.append([])
+                sizes.append(0)
+            runs[-1].append(entry.name)
+            sizes[-1] += entry.stop - entry.start
+        for k, (tensors, size) in enumerate(zip(runs, sizes, strict=True)):
             found.append(Stretch(name if len(runs) == 1 else f"{name}.{k}", name, tuple(tensors), size))
     return found

@@ -1,4 +1,4 @@
-"""What an edit found in the tensors of a weight file, and what all files together come to."""
+"""What an edit found in the tensors of a stretch, and what all stretches together come to."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ written={})
     written: dict[str, int] = field(default_factory=dict)
 
     @classmethod
-    def total(cls, files: Iterable[Mapping[str, Any]]) -> Tally:
-        """Join what was found in several files, each the ``vars`` of a tally; no tensor lies in two."""
+    def total(cls, stretches: Iterable[Mapping[str, Any]]) -> Tally:
+        """Join what was found in several stretches, each the ``vars`` of a tally; no tensor lies in two."""
         total = cls()
-        for found in files:
+        for found in stretches:
             for name in ("edited", "unchanged", "skipped"):
                 setattr(total, name, getattr(total, name) + found[name])
             total.threshold = min(total.threshold, found["threshold"])

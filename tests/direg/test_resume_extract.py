@@ -25,6 +25,7 @@ from prosocial_ext.direg import extract as extraction
 from prosocial_ext.direg.cut import nothing
 from prosocial_ext.direg.kept import Kept
 from prosocial_ext.direg.ranks import Ranks
+from tests.direg.damage import cut, flip, folder, link, pipe
 from tests.direg.files import folder_bytes, model, tuned
 from tests.direg.killing import END_SECONDS, Stoppable, changes_of, check_command, kill, start
 from tests.direg.test_adapter import adapter
@@ -351,33 +352,6 @@ def test_other_values_under_the_same_size_and_time_are_told(made: Path) -> None:
 
 
 # ---- what cannot be trusted
-
-
-def cut(path: Path) -> None:
-    os.truncate(path, path.stat().st_size - 1)
-
-
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-2] ^= 1
-    path.write_bytes(data)
-
-
-def link(path: Path) -> None:
-    elsewhere = Path.cwd() / "elsewhere"
-    path.rename(elsewhere)
-    path.symlink_to(elsewhere)
-
-
-def pipe(path: Path) -> None:
-    path.unlink()
-    os.mkfifo(path)
-
-
-def folder(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-    (path / "inner").touch()
 
 
 def empty(path: Path) -> None:

@@ -1,7 +1,12 @@
-// The element types of every op, and their exact conversions to and from fp32 by bits (round to nearest even).
-// NaN stays NaN; its payload is not promised.
+// The element types of every op, and their exact conversions to and from fp32 (round to nearest even): by bits on the
+// host, by the instruction for it on the device. NaN stays NaN; its payload is not promised.
 #pragma once
 #include "core/arithmetic.h"
+
+#ifdef __CUDA_ARCH__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
 
 namespace pse {
 
@@ -21,6 +26,11 @@ namespace PSE_ISA {
 
 PSE_HD float bf16_to_float(uint16_t bits) { return bits_float(uint32_t(bits) << 16); }
 
+#ifdef __CUDA_ARCH__
+PSE_HD uint16_t float_to_bf16(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+PSE_HD float f16_to_float(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
+PSE_HD uint16_t float_to_f16(float x) { return __half_as_ushort(__float2half_rn(x)); }
+#else
 PSE_HD uint16_t float_to_bf16(float x) {
     const uint32_t bits = float_bits(x);
     const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -52,6 +62,7 @@ PSE_HD uint16_t float_to_f16(float x) {
     half = magnitude > 0x7f800000u ? 0x7e00u : half;
     return uint16_t(sign | half);
 }
+#endif
 
 }  // namespace PSE_ISA
 }  // namespace pse

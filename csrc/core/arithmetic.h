@@ -10,6 +10,7 @@ namespace PSE_ISA {
 PSE_HD float add_rn(float a, float b) { return __fadd_rn(a, b); }
 PSE_HD float sub_rn(float a, float b) { return __fsub_rn(a, b); }
 PSE_HD float mul_rn(float a, float b) { return __fmul_rn(a, b); }
+PSE_HD float fma_rn(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 PSE_HD double add_rn(double a, double b) { return __dadd_rn(a, b); }
 PSE_HD double sub_rn(double a, double b) { return __dsub_rn(a, b); }
 PSE_HD double mul_rn(double a, double b) { return __dmul_rn(a, b); }
@@ -18,6 +19,7 @@ PSE_HD double div_rn(double a, double b) { return __ddiv_rn(a, b); }
 PSE_HD float add_rn(float a, float b) { return a + b; }
 PSE_HD float sub_rn(float a, float b) { return a - b; }
 PSE_HD float mul_rn(float a, float b) { return a * b; }
+PSE_HD float fma_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 PSE_HD double add_rn(double a, double b) { return a + b; }
 PSE_HD double sub_rn(double a, double b) { return a - b; }
 PSE_HD double mul_rn(double a, double b) { return a * b; }

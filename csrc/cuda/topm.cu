@@ -176,6 +176,7 @@ static View<Key> view_of(const TopmCall& call, const Layout& l) {
     v.one_pass = call.one_pass;
     v.ordered = call.indices != 0;
     v.scale = call.scale;
+    v.scale_f32 = float(call.scale);
     return v;
 }
 

@@ -81,37 +81,37 @@ topm_apply(View<typename M::Key> v) {
         if (v.one_pass != 0 && !is_exact(path)) continue;
         const Edge<Key> k = edge_of(bound_at<Key>(state, kKKey), part.index);
         if (k.key == nothing<Key>().key) continue;
-        const Edge<Key> done = edge_of(path == kRest ? bound_at<Key>(state, kAKey) : nothing<Key>(), part.index);
+        const Edge<Key> done = edge_of(bound_at<Key>(state, kAKey), part.index);  // of use in kRest
         int64_t place = kOutput == kEditOnly ? 0 : load(v.tile_sums, c / kStep) + load(v.greater, c);
         with_source(M{}, t, [&](auto source) {
-            for_each_step(source, t, part.local, part.n,
-                          [&]([[maybe_unused]] auto how, int at, int, int, const auto& delta, const Eight<Key>& key) {
-                              const uint32_t chosen = held(key, k, at) & ~held(key, done, at);
-                              kept += count_bits(chosen);
-                              if constexpr (kOutput != kEditOnly) {
-                                  int32_t total;
-                                  int64_t slot = place + scan_block(sums, int32_t(count_bits(chosen)), &total);
-                                  place += total;
-                                  PSE_UNROLL
-                                  for (int j = 0; j < kPer; ++j) {
-                                      if (((chosen >> j) & 1u) == 0) continue;
-                                      const int64_t i = part.local + at + j;
-                                      store(simt::global<int64_t>(v.indices, v.record), slot,
-                                            kOutput == kList ? i : t.first + i);
-                                      if constexpr (kOutput == kEditRecord)
-                                          put_bits(v.values, v.record, slot, v.value_bytes, param_bits(source, t, i));
-                                      else if constexpr (sizeof(Key) == 8)
-                                          store(simt::global<double>(v.values, v.record), slot, double(delta.at[j]));
-                                      else
-                                          store(simt::global<float>(v.values, v.record), slot, delta.at[j]);
-                                      ++slot;
-                                  }
-                              }
-                              if constexpr (kOutput != kList) {
-                                  if (ballot(chosen != 0) != 0)
-                                      unchanged += edit_eight(how, source, t, part.local + at, chosen, delta, v.scale);
-                              }
-                          });
+            [[maybe_unused]] const auto scale = v.template scale_as<typename decltype(source)::Real>();
+            for_each_step(
+                source, t, part.local, part.n, [&]([[maybe_unused]] auto how, int at, int, int, const auto& entries) {
+                    uint32_t chosen = held(source, entries, k, at);
+                    if (path == kRest) chosen &= ~held(source, entries, done, at);
+                    kept += count_bits(chosen);
+                    if constexpr (kOutput != kEditOnly) {
+                        int32_t total;
+                        int64_t slot = place + scan_block(sums, int32_t(count_bits(chosen)), &total);
+                        place += total;
+                        for (uint32_t rest = chosen; rest != 0; rest &= rest - 1) {
+                            const int j = lowest_bit(rest);
+                            const int64_t i = part.local + at + j;
+                            store(simt::global<int64_t>(v.indices, v.record), slot, kOutput == kList ? i : t.first + i);
+                            if constexpr (kOutput == kEditRecord)
+                                put_bits(v.values, v.record, slot, v.value_bytes, param_bits(source, t, i));
+                            else if constexpr (sizeof(Key) == 8)
+                                store(simt::global<double>(v.values, v.record), slot, double(pick(entries.delta, j)));
+                            else
+                                store(simt::global<float>(v.values, v.record), slot, pick(entries.delta, j));
+                            ++slot;
+                        }
+                    }
+                    if constexpr (kOutput != kList) {
+                        if (ballot(chosen != 0) != 0)
+                            unchanged += edit_eight(how, source, t, part.local + at, chosen, entries.delta, scale);
+                    }
+                });
         });
     }
     flush();

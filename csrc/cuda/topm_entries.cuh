@@ -25,6 +25,9 @@ using baseline::f16_to_float;
 using baseline::float_bits;
 using baseline::float_to_bf16;
 using baseline::float_to_f16;
+using baseline::floats_to_bf16;
+using baseline::floats_to_f16;
+using baseline::fma_rn;
 using baseline::key_score;
 using baseline::KeyTraits;
 using baseline::mul_rn;
@@ -79,6 +82,24 @@ struct Eight {
     T at[kPer];
 };
 
+// The same as loaded, in words: the compiler would keep every 16-bit element in a register of its own.
+template <class T>
+struct Packed {
+    static constexpr int kEach = sizeof(T) == 2 ? 2 : 1;  // elements of a word
+    uint32_t words[kPer * sizeof(T) / 4];
+
+    PSE_METHOD T at(int j) const {
+        T x;
+        if constexpr (kEach == 2) {
+            const uint16_t half = uint16_t(words[j / 2] >> (j % 2 * 16));
+            __builtin_memcpy(&x, &half, sizeof(T));
+        } else {
+            __builtin_memcpy(&x, &words[j * sizeof(T) / 4], sizeof(T));
+        }
+        return x;
+    }
+};
+
 PSE_HD void widen(float x, float* out) { *out = x; }
 PSE_HD void widen(bf16_t x, float* out) { *out = bf16_to_float(x.bits); }
 PSE_HD void widen(f16_t x, float* out) { *out = f16_to_float(x.bits); }
@@ -112,30 +133,38 @@ struct Ragged {
 
 // The first n of eight neighbours from i on.
 template <class Step, class T>
-PSE_DEVICE void load_eight(Step, Global<const T> p, int64_t i, int n, Eight<T>* out) {
-    constexpr int kVector = 16 / int(sizeof(T));
-    if constexpr (Step::value) {
-        PSE_UNROLL
-        for (int v = 0; v < kPer; v += kVector) {
-            const Vector<T, kVector> part = load_vector<kVector>(p, i + v);
+PSE_DEVICE void load_packed(Step, Global<const T> p, int64_t i, int n, Packed<T>* out) {
+    constexpr int kVector = Step::value ? 16 / int(sizeof(T)) : kPer;
+    PSE_UNROLL
+    for (int v = 0; v < kPer; v += kVector) {
+        Vector<T, kVector> part = {};
+        if constexpr (Step::value) {
+            part = load_vector<kVector>(p, i + v);
+        } else {
             PSE_UNROLL
-            for (int j = 0; j < kVector; ++j) out->at[v + j] = part.at[j];
+            for (int j = 0; j < kPer; ++j)
+                if (j < n) part.at[j] = load(p, i + j);
         }
-    } else {
-        PSE_UNROLL
-        for (int j = 0; j < kPer; ++j) {
-            out->at[j] = T{};
-            if (j < n) out->at[j] = load(p, i + j);
-        }
+        __builtin_memcpy(&out->words[v * sizeof(T) / 4], &part, sizeof part);
+    }
+}
+template <class T>
+PSE_DEVICE void store_packed(Global<T> p, int64_t i, const Packed<T>& x) {
+    constexpr int kVector = 16 / int(sizeof(T));
+    PSE_UNROLL
+    for (int v = 0; v < kPer; v += kVector) {
+        Vector<T, kVector> part;
+        __builtin_memcpy(&part, &x.words[v * sizeof(T) / 4], sizeof part);
+        store_vector<kVector>(p, i + v, part);
     }
 }
 
 template <class T, class Step, class Real>
 PSE_DEVICE void load_as(Step how, int64_t address, int64_t numel, int64_t i, int n, Eight<Real>* out) {
-    Eight<T> raw;
-    load_eight(how, simt::global<const T>(address, numel), i, n, &raw);
+    Packed<T> raw;
+    load_packed(how, simt::global<const T>(address, numel), i, n, &raw);
     PSE_UNROLL
-    for (int j = 0; j < kPer; ++j) widen(raw.at[j], &out->at[j]);
+    for (int j = 0; j < kPer; ++j) widen(raw.at(j), &out->at[j]);
 }
 
 template <class Step, class Real>
@@ -150,14 +179,19 @@ PSE_DEVICE void load_any(Step how, int tag, int64_t address, int64_t numel, int6
 
 // ---- keys. A source says how a tensor's entries are read; its Raw is what is in flight before it is computed with.
 
-// Params, base and tuned are all T and there is no importance: what a model's edit nearly always is.
+// Params, base and tuned are all T and there is no importance: what a model's edit nearly always is. No key is made:
+// |delta| is compared as the float it is, on the pipe for additions, since that for comparisons has half its rate.
 template <class T>
 struct Same {
     using Real = float;
     using Key = uint32_t;
     static constexpr bool kAhead = true;  // the next step's loads are in flight while one is computed
     struct Raw {
-        Eight<T> base, tuned;
+        Packed<T> base, tuned;
+    };
+    struct Entries {
+        Eight<float> delta;
+        uint32_t barred;  // bit j: entry j may not be selected, or is not there
     };
 };
 
@@ -170,12 +204,16 @@ struct Mixed {
     struct Raw {
         Eight<R> base, tuned;
     };
+    struct Entries {
+        Eight<R> delta;
+        Eight<K> key;  // 0: may not be selected, or is not there
+    };
 };
 
 template <class Step, class T>
 PSE_DEVICE void load_raw(Step how, Same<T>, const TensorRow& t, int64_t i, int n, typename Same<T>::Raw* raw) {
-    load_eight(how, simt::global<const T>(t.base, t.numel), i, n, &raw->base);
-    load_eight(how, simt::global<const T>(t.tuned, t.numel), i, n, &raw->tuned);
+    load_packed(how, simt::global<const T>(t.base, t.numel), i, n, &raw->base);
+    load_packed(how, simt::global<const T>(t.tuned, t.numel), i, n, &raw->tuned);
 }
 template <class Step, class Real, class Key>
 PSE_DEVICE void load_raw(Step how, Mixed<Real, Key>, const TensorRow& t, int64_t i, int n,
@@ -184,67 +222,70 @@ PSE_DEVICE void load_raw(Step how, Mixed<Real, Key>, const TensorRow& t, int64_t
     load_any(how, t.tag(2), t.tuned, t.numel, i, n, &raw->tuned);
 }
 
-// Deltas and keys of the first n; the keys behind them are 0. Returns how many may not be selected.
+// The first n of eight entries; the others are as if they were not eligible. Returns how many may not be selected.
 template <class Step, class T>
-PSE_DEVICE int keys_of(Step, Same<T>, const TensorRow&, int64_t, int n, const typename Same<T>::Raw& raw,
-                       Eight<float>* delta, Eight<uint32_t>* key) {
-    int excluded = 0;
+PSE_DEVICE int entries_of(Step, Same<T>, const TensorRow&, int64_t, int n, const typename Same<T>::Raw& raw,
+                          typename Same<T>::Entries* out) {
+    float sum = 0.0f;
     PSE_UNROLL
     for (int j = 0; j < kPer; ++j) {
         float base, tuned;
-        widen(raw.base.at[j], &base);
-        widen(raw.tuned.at[j], &tuned);
-        delta->at[j] = sub_rn(tuned, base);
-        const uint32_t k = entry_key<float, uint32_t>(delta->at[j]);
-        excluded += (Step::value || j < n) && k == 0 ? 1 : 0;
-        key->at[j] = Step::value || j < n ? k : 0u;
+        widen(raw.base.at(j), &base);
+        widen(raw.tuned.at(j), &tuned);
+        out->delta.at[j] = sub_rn(tuned, base);
+        sum = fma_rn(out->delta.at[j], 0.0f, sum);
     }
-    return excluded;
+    out->barred = Step::value ? 0u : ~((1u << n) - 1u);
+    if (sum == 0.0f) return 0;
+    uint32_t bad = 0;  // infinite or NaN
+    PSE_UNROLL
+    for (int j = 0; j < kPer; ++j) bad |= uint32_t(entry_key<float, uint32_t>(out->delta.at[j]) == 0 ? 1 : 0) << j;
+    bad &= ~out->barred;
+    out->barred |= bad;
+    return count_bits(bad);
 }
 template <class Step, class Real, class Key>
-PSE_DEVICE int keys_of(Step how, Mixed<Real, Key>, const TensorRow& t, int64_t i, int n,
-                       const typename Mixed<Real, Key>::Raw& raw, Eight<Real>* delta, Eight<Key>* key) {
+PSE_DEVICE int entries_of(Step how, Mixed<Real, Key>, const TensorRow& t, int64_t i, int n,
+                          const typename Mixed<Real, Key>::Raw& raw, typename Mixed<Real, Key>::Entries* out) {
     Eight<Real> weight = {};
     const bool weighted = t.tag(3) != kNoImportance;
     if (weighted) load_any(how, t.tag(3), t.importance, t.numel, i, n, &weight);
     int excluded = 0;
     PSE_UNROLL
     for (int j = 0; j < kPer; ++j) {
-        delta->at[j] = sub_rn(raw.tuned.at[j], raw.base.at[j]);
-        const Key k = weighted ? entry_key<Real, Key>(delta->at[j], weight.at[j]) : entry_key<Real, Key>(delta->at[j]);
-        excluded += (Step::value || j < n) && k == 0 ? 1 : 0;
-        key->at[j] = Step::value || j < n ? k : Key(0);
+        const Real delta = sub_rn(raw.tuned.at[j], raw.base.at[j]);
+        const Key key = weighted ? entry_key<Real, Key>(delta, weight.at[j]) : entry_key<Real, Key>(delta);
+        excluded += (Step::value || j < n) && key == 0 ? 1 : 0;
+        out->delta.at[j] = delta;
+        out->key.at[j] = Step::value || j < n ? key : Key(0);
     }
     return excluded;
 }
 
-// Calls body(step, at, mine, excluded, delta, key) for every step of the n entries of t from `local` on: `at` is this
+// Calls body(step, at, mine, excluded, entries) for every step of the n entries of t from `local` on: `at` is this
 // thread's first entry of the chunk, `mine` how many it has. A whole block calls, and all of it comes to every step.
 template <class Source, class Body>
 PSE_DEVICE void for_each_step(Source source, const TensorRow& t, int64_t local, int n, const Body& body) {
     using Raw = typename Source::Raw;
-    Eight<typename Source::Real> delta;
-    Eight<typename Source::Key> key;
+    typename Source::Entries entries;
     const int whole = t.aligned() ? n / kStep * kStep : 0;
     if (whole > 0) {
-        Raw raw, next;
+        Raw raw;
         if (Source::kAhead) load_raw(Whole{}, source, t, local + thread() * kPer, kPer, &raw);
         for (int step = 0; step < whole; step += kStep) {
             const int at = step + thread() * kPer;
             if (!Source::kAhead) load_raw(Whole{}, source, t, local + at, kPer, &raw);
-            if (Source::kAhead) next = raw;
-            if (Source::kAhead && step + kStep < whole) load_raw(Whole{}, source, t, local + at + kStep, kPer, &next);
-            const int excluded = keys_of(Whole{}, source, t, local + at, kPer, raw, &delta, &key);
-            body(Whole{}, at, kPer, excluded, delta, key);
-            if (Source::kAhead) raw = next;
+            const int excluded = entries_of(Whole{}, source, t, local + at, kPer, raw, &entries);
+            if (Source::kAhead && step + kStep < whole) load_raw(Whole{}, source, t, local + at + kStep, kPer, &raw);
+            body(Whole{}, at, kPer, excluded, entries);
         }
     }
     for (int step = whole; step < n; step += kStep) {
         const int at = step + thread() * kPer, left = n - at, mine = left < 0 ? 0 : left < kPer ? left : kPer;
         Raw raw;
         load_raw(Ragged{}, source, t, local + at, mine, &raw);
-        const int excluded = keys_of(Ragged{}, source, t, local + at, mine, raw, &delta, &key);
-        body(Ragged{}, at, mine, excluded, delta, key);
+        const int excluded = entries_of(Ragged{}, source, t, local + at, mine, raw, &entries);
+        body(Ragged{}, at, mine, excluded, entries);
     }
 }
 
@@ -260,7 +301,7 @@ PSE_HD Edge<Key> edge_of(const Bound<Key>& bound, int64_t first) {
     return {bound.key, gap<0 ? -1 : gap>(1 << 24) ? 1 << 24 : int(gap)};
 }
 
-// Bit j: the edge holds key j, the entry at this place of the chunk plus j.
+// Bit j: the edge holds entry j, which is at this place of the chunk plus j.
 template <class Key>
 PSE_DEVICE uint32_t held(const Eight<Key>& key, const Edge<Key>& edge, int at) {
     const int last = edge.last - at;
@@ -272,85 +313,131 @@ PSE_DEVICE uint32_t held(const Eight<Key>& key, const Edge<Key>& edge, int at) {
     }
     return mask;
 }
+template <class Real, class Key>
+PSE_DEVICE uint32_t held(Mixed<Real, Key>, const typename Mixed<Real, Key>::Entries& entries, const Edge<Key>& edge,
+                         int at) {
+    return held(entries.key, edge, at);
+}
 
-// What the pool keeps of an eligible entry: its key, and the sign of its delta in the spare top bit. Of fp32 without
-// importance that is the delta's bits plus 1, so the keys need not stay in registers.
+// Bit j: |x_j| < limit, by the sign of the difference, which is exact.
+PSE_DEVICE uint32_t below(const Eight<float>& x, float limit) {
+    uint32_t mask = 0;
+    PSE_UNROLL
+    for (int j = kPer - 1; j >= 0; --j)
+        mask = (mask << 1) | (float_bits(sub_rn(__builtin_fabsf(x.at[j]), limit)) >> 31);
+    return mask;
+}
 template <class T>
-PSE_DEVICE uint32_t signed_key(Same<T>, float delta, uint32_t) {
-    return float_bits(delta) + 1u;
+PSE_DEVICE uint32_t held(Same<T>, const typename Same<T>::Entries& entries, const Edge<uint32_t>& edge, int at) {
+    constexpr uint32_t kInfinity = KeyTraits<uint32_t>::infinity;
+    const float equal = bits_float((edge.key < kInfinity ? edge.key : kInfinity) - 1u);
+    const float larger = bits_float(edge.key < kInfinity ? edge.key : kInfinity - 1u);
+    const int last = edge.last - at;
+    uint32_t out = below(entries.delta, last >= kPer - 1 ? equal : larger);
+    if (last >= 0 && last < kPer - 1)
+        out &= below(entries.delta, equal) | (~0u << (last + 1));  // one thread of a chunk
+    return ~(out | entries.barred) & ((1u << kPer) - 1u);
+}
+
+PSE_DEVICE int lowest_bit(uint32_t mask) { return kWarp - 1 - count_leading_zeros(mask & (0u - mask)); }
+
+// x.at[j] for a j that is known at run time, without memory.
+template <class T>
+PSE_DEVICE T pick(const Eight<T>& x, int j) {
+    const bool odd = (j & 1) != 0, second = (j & 2) != 0;
+    const T low = second ? (odd ? x.at[3] : x.at[2]) : (odd ? x.at[1] : x.at[0]);
+    const T high = second ? (odd ? x.at[7] : x.at[6]) : (odd ? x.at[5] : x.at[4]);
+    return j < 4 ? low : high;
+}
+
+// What the pool keeps of eligible entry j: its key, and the sign of its delta in the spare top bit. Of fp32 without
+// importance that is the delta's bits plus 1.
+template <class T>
+PSE_DEVICE uint32_t signed_key(Same<T>, const typename Same<T>::Entries& entries, int j) {
+    return float_bits(pick(entries.delta, j)) + 1u;
 }
 template <class Real, class Key>
-PSE_DEVICE Key signed_key(Mixed<Real, Key>, Real delta, Key key) {
-    const bool negative = (double_bits(double(delta)) >> 63) != 0;
+PSE_DEVICE Key signed_key(Mixed<Real, Key>, const typename Mixed<Real, Key>::Entries& entries, int j) {
+    const Key key = pick(entries.key, j);
+    const bool negative = (double_bits(double(pick(entries.delta, j))) >> 63) != 0;
     return negative ? Key(key | (Key(1) << KeyTraits<Key>::bits)) : key;
 }
 
 // ---- edits
 
+// Rounds one word's elements, from the first on.
+PSE_HD uint32_t round_word(float first, float, float) { return float_bits(first); }
+PSE_HD uint32_t round_word(float first, float second, bf16_t) { return floats_to_bf16(first, second); }
+PSE_HD uint32_t round_word(float first, float second, f16_t) { return floats_to_f16(first, second); }
+template <class T>
+PSE_HD uint32_t round_word(double first, double second, T which) {
+    return round_word(float(first), float(second), which);  // by way of fp32, as torch
+}
+
 // Edits the entries in the mask (bit j: entry i + j); whole warps call together. Only touched 32-byte sectors are
 // loaded and stored, whole: a partial one would make the L2 cache read it. Returns how many round to what they were.
 template <class T, class Step, class Real>
-PSE_DEVICE int edit_as(Step, const TensorRow& t, int64_t i, uint32_t mask, const Eight<Real>& delta, Real scale) {
-    constexpr int kVector = 16 / int(sizeof(T));
-    constexpr int kSector = sizeof(T) == 8 ? 4 : kPer;  // of 16-bit elements a pair of lanes has a sector
+PSE_DEVICE int edit_as(Step how, const TensorRow& t, int64_t i, uint32_t mask, const Eight<Real>& delta, Real scale) {
     const Global<T> params = simt::global<T>(t.params, t.numel);
-    int unchanged = 0;
-    const auto edit = [&](T* x, const Real& d) {
-        Real before, after;
-        widen(*x, &before);
-        round_to(sub_rn(before, mul_rn(scale, d)), x);
-        widen(*x, &after);
-        unchanged += before == after ? 1 : 0;
-    };
-    if constexpr (Step::value) {
-        bool touched_pair = false;
-        if constexpr (sizeof(T) == 2) touched_pair = ((ballot(mask != 0) >> (lane() & ~1)) & 3u) != 0;
+    if constexpr (Step::value &&
+                  sizeof(T) <= 4) {  // eight of 32 bits are a sector, of 16 bits those of a pair of lanes
+        constexpr int kEach = Packed<T>::kEach;
+        const bool touched = kEach == 1 ? mask != 0 : ((ballot(mask != 0) >> (lane() & ~1)) & 3u) != 0;
+        if (!touched) return 0;
+        Packed<T> x;
+        load_packed(how, simt::global<const T>(t.params, t.numel), i, kPer, &x);
+        const uint32_t spread = mask | mask << 15;  // the mask of elements 2 w and 2 w + 1 in bits 2 w and 2 w + 16
+        uint32_t same = 0;
         PSE_UNROLL
-        for (int sector = 0; sector < kPer; sector += kSector) {
-            const uint32_t mine = (mask >> sector) & ((1u << kSector) - 1u);
-            if (mine == 0 && !touched_pair) continue;
-            T x[kSector];
+        for (int w = 0; w < kPer / kEach; ++w) {
+            Real before[kEach], edited[2] = {};
             PSE_UNROLL
-            for (int v = 0; v < kSector; v += kVector) {
-                const Vector<T, kVector> part = load_vector<kVector>(params, i + sector + v);
-                PSE_UNROLL
-                for (int j = 0; j < kVector; ++j) x[v + j] = part.at[j];
+            for (int e = 0; e < kEach; ++e) {
+                widen(x.at(w * kEach + e), &before[e]);
+                edited[e] = sub_rn(before[e], mul_rn(scale, delta.at[w * kEach + e]));
             }
+            Packed<T> rounded;
+            rounded.words[w] = round_word(edited[0], edited[1], T{});
             PSE_UNROLL
-            for (int j = 0; j < kSector; ++j)
-                if ((mine >> j) & 1u) edit(&x[j], delta.at[sector + j]);
-            PSE_UNROLL
-            for (int v = 0; v < kSector; v += kVector) {
-                Vector<T, kVector> part;
-                PSE_UNROLL
-                for (int j = 0; j < kVector; ++j) part.at[j] = x[v + j];
-                store_vector<kVector>(params, i + sector + v, part);
+            for (int e = 0; e < kEach; ++e) {
+                Real after;
+                widen(rounded.at(w * kEach + e), &after);
+                same |= uint32_t(before[e] == after ? 1 : 0) << (w * kEach + e);
             }
+            const uint32_t chosen = kEach == 1 ? 0u - ((mask >> w) & 1u) : ((spread >> (2 * w)) & 0x10001u) * 0xffffu;
+            x.words[w] = (rounded.words[w] & chosen) | (x.words[w] & ~chosen);
         }
+        store_packed(params, i, x);
+        return count_bits(same & mask);
     } else {
+        int unchanged = 0;
         PSE_UNROLL
         for (int j = 0; j < kPer; ++j) {
             if (((mask >> j) & 1u) == 0) continue;
             T x = load(params, i + j);
-            edit(&x, delta.at[j]);
+            Real before, after;
+            widen(x, &before);
+            round_to(sub_rn(before, mul_rn(scale, delta.at[j])), &x);
+            widen(x, &after);
+            unchanged += before == after ? 1 : 0;
             store(params, i + j, x);
         }
+        return unchanged;
     }
-    return unchanged;
 }
 
 template <class Step, class T>
 PSE_DEVICE int edit_eight(Step how, Same<T>, const TensorRow& t, int64_t i, uint32_t mask, const Eight<float>& delta,
-                          double scale) {
-    return edit_as<T>(how, t, i, mask, delta, float(scale));
+                          float scale) {
+    return edit_as<T>(how, t, i, mask, delta, scale);
 }
 template <class Step, class Real, class Key>
 PSE_DEVICE int edit_eight(Step how, Mixed<Real, Key>, const TensorRow& t, int64_t i, uint32_t mask,
-                          const Eight<Real>& delta, double scale) {
-    if (t.tag(0) == int(DType::f32)) return edit_as<float>(how, t, i, mask, delta, Real(scale));
-    if (t.tag(0) == int(DType::f16)) return edit_as<f16_t>(how, t, i, mask, delta, Real(scale));
-    if (t.tag(0) == int(DType::bf16)) return edit_as<bf16_t>(how, t, i, mask, delta, Real(scale));
-    if constexpr (sizeof(Real) == 8) return edit_as<double>(how, t, i, mask, delta, Real(scale));
+                          const Eight<Real>& delta, Real scale) {
+    if (t.tag(0) == int(DType::f32)) return edit_as<float>(how, t, i, mask, delta, scale);
+    if (t.tag(0) == int(DType::f16)) return edit_as<f16_t>(how, t, i, mask, delta, scale);
+    if (t.tag(0) == int(DType::bf16)) return edit_as<bf16_t>(how, t, i, mask, delta, scale);
+    if constexpr (sizeof(Real) == 8) return edit_as<double>(how, t, i, mask, delta, scale);
     return 0;
 }
 

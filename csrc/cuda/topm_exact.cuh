@@ -51,26 +51,26 @@ PSE_DEVICE void count_digits(const View<Key>& v, const Run& run, const Problem<K
         tensor = part.tensor;
         const Edge<Key> done = done_of(v, run.group, part.index);
         with_source(M{}, t, [&](auto source) {
-            for_each_step(source, t, part.local, part.n,
-                          [&](auto, int at, int, int none, const auto&, const Eight<Key>& key) {
-                              excluded += none;
-                              const uint32_t left_out = held(key, done, at);
-                              int bin = 0;
-                              uint32_t equal = 0;  // neighbours are counted at once
-                              PSE_UNROLL
-                              for (int j = 0; j < kPer; ++j) {
-                                  const Key place = Key(top - key.at[j]);
-                                  const bool counted = key.at[j] > 1 && ((left_out >> j) & 1u) == 0 && place <= span;
-                                  const int digit = int(place >> shift);
-                                  if (counted && digit != bin && equal != 0) {
-                                      atomic_add(bins, copy + bin, equal);
-                                      equal = 0;
-                                  }
-                                  bin = counted ? digit : bin;
-                                  equal += counted ? 1u : 0u;
-                              }
-                              if (equal != 0) atomic_add(bins, copy + bin, equal);
-                          });
+            for_each_step(source, t, part.local, part.n, [&](auto, int at, int, int none, const auto& entries) {
+                const Eight<Key>& key = entries.key;
+                excluded += none;
+                const uint32_t left_out = held(key, done, at);
+                int bin = 0;
+                uint32_t equal = 0;  // neighbours are counted at once
+                PSE_UNROLL
+                for (int j = 0; j < kPer; ++j) {
+                    const Key place = Key(top - key.at[j]);
+                    const bool counted = key.at[j] > 1 && ((left_out >> j) & 1u) == 0 && place <= span;
+                    const int digit = int(place >> shift);
+                    if (counted && digit != bin && equal != 0) {
+                        atomic_add(bins, copy + bin, equal);
+                        equal = 0;
+                    }
+                    bin = counted ? digit : bin;
+                    equal += counted ? 1u : 0u;
+                }
+                if (equal != 0) atomic_add(bins, copy + bin, equal);
+            });
         });
     }
     flush();
@@ -101,15 +101,15 @@ PSE_DEVICE void count_ties(const View<Key>& v, const Run& run, Key wanted, Share
         const Edge<Key> done = done_of(v, run.group, part.index);
         int64_t both = 0;  // ties in the low half, larger keys in the high half
         with_source(M{}, t, [&](auto source) {
-            for_each_step(source, t, part.local, part.n,
-                          [&](auto, int at, int, int, const auto&, const Eight<Key>& key) {
-                              const uint32_t left_out = held(key, done, at);
-                              PSE_UNROLL
-                              for (int j = 0; j < kPer; ++j) {
-                                  const bool tied = key.at[j] == wanted && ((left_out >> j) & 1u) == 0;
-                                  both += tied ? 1 : key.at[j] > wanted ? int64_t(1) << 32 : 0;
-                              }
-                          });
+            for_each_step(source, t, part.local, part.n, [&](auto, int at, int, int, const auto& entries) {
+                const Eight<Key>& key = entries.key;
+                const uint32_t left_out = held(key, done, at);
+                PSE_UNROLL
+                for (int j = 0; j < kPer; ++j) {
+                    const bool tied = key.at[j] == wanted && ((left_out >> j) & 1u) == 0;
+                    both += tied ? 1 : key.at[j] > wanted ? int64_t(1) << 32 : 0;
+                }
+            });
         });
         int64_t total;
         scan_block(sums, both, &total);
@@ -144,7 +144,8 @@ PSE_DEVICE void find_tie(const View<Key>& v, int64_t g, const Problem<Key>& x, S
     const Edge<Key> done = done_of(v, g, part.index);
     int64_t seen = 0;
     with_source(M{}, t, [&](auto source) {
-        for_each_step(source, t, part.local, part.n, [&](auto, int at, int, int, const auto&, const Eight<Key>& key) {
+        for_each_step(source, t, part.local, part.n, [&](auto, int at, int, int, const auto& entries) {
+            const Eight<Key>& key = entries.key;
             uint32_t tied = 0;
             PSE_UNROLL
             for (int j = 0; j < kPer; ++j) tied |= uint32_t(key.at[j] == x.key ? 1 : 0) << j;

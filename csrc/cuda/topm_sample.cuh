@@ -46,25 +46,20 @@ topm_open(View<Key> v, Global<int64_t> tables, Words words, int64_t first, int64
 
 // ---- 1 sample
 
+template <class Source>
+PSE_DEVICE typename Source::Key key_of_entry_as(Source source, const TensorRow& t, int64_t local) {
+    typename Source::Raw raw;
+    typename Source::Entries entries;
+    load_raw(Ragged{}, source, t, local, 1, &raw);
+    entries_of(Ragged{}, source, t, local, 1, raw, &entries);
+    return entries.key.at[0];
+}
 template <class Key>
 PSE_DEVICE Key key_of_entry(const TensorRow& t, int64_t local) {
-    Eight<Key> key;
     if constexpr (sizeof(Key) == 8) {
-        if (t.in_double()) {
-            using Source = Mixed<double, Key>;
-            typename Source::Raw raw;
-            Eight<double> delta;
-            load_raw(Ragged{}, Source{}, t, local, 1, &raw);
-            keys_of(Ragged{}, Source{}, t, local, 1, raw, &delta, &key);
-            return key.at[0];
-        }
+        if (t.in_double()) return key_of_entry_as(Mixed<double, Key>{}, t, local);
     }
-    using Source = Mixed<float, Key>;
-    typename Source::Raw raw;
-    Eight<float> delta;
-    load_raw(Ragged{}, Source{}, t, local, 1, &raw);
-    keys_of(Ragged{}, Source{}, t, local, 1, raw, &delta, &key);
-    return key.at[0];
+    return key_of_entry_as(Mixed<float, Key>{}, t, local);
 }
 
 // Positions are drawn with replacement, one a thread; a group's samples are whole blocks. A and B share the first

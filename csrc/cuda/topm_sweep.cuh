@@ -100,42 +100,33 @@ topm_sweep(View<typename M::Key> v) {
         const int64_t pool = load(v.group(part.group), kPoolFirst), room = load(v.group(part.group), kPoolCapacity);
         int above_here = 0;
         with_source(M{}, t, [&](auto source) {
-            for_each_step(
-                source, t, part.local, part.n,
-                [&]([[maybe_unused]] auto how, int at, int, int none, const auto& delta, const Eight<Key>& key) {
-                    excluded += none;
-                    const uint32_t above = held(key, a, at);
-                    const uint32_t band = held(key, b, at) & ~above;
-                    above_here += count_bits(above);
-                    if constexpr (kEdit) {
-                        if (ballot(above != 0) != 0)
-                            unchanged += edit_eight(how, source, t, part.local + at, above, delta, v.scale);
-                    }
-                    if (ballot(band != 0) == 0) return;
-                    const int candidates = count_bits(band);
-                    int inclusive = candidates;
-                    for (int by = 1; by < kWarp; by *= 2) {
-                        const int other = shuffle_up(inclusive, by);
-                        if (lane() >= by) inclusive += other;
-                    }
-                    uint32_t base = 0;
-                    if (lane() == kWarp - 1) base = atomic_add(staged, 0, uint32_t(inclusive));
-                    uint32_t place = shuffle(base, kWarp - 1) + uint32_t(inclusive - candidates);
-                    PSE_UNROLL
-                    for (int j = 0; j < kPer; ++j) {
-                        if (((band >> j) & 1u) == 0) continue;
-                        if (place < kStage) {
-                            store(stage_keys, int(place), signed_key(source, delta.at[j], key.at[j]));
-                            store(stage_indices, int(place), part.index + at + j);
-                        } else {  // a chunk full of candidates
-                            const int64_t free = atomic_add(state, kWithin, int64_t(1));
-                            if (free < room)
-                                store(v.pool_keys, pool + free, signed_key(source, delta.at[j], key.at[j]));
-                            if (free < room) store(v.pool_indices, pool + free, part.index + at + j);
-                        }
-                        ++place;
-                    }
-                });
+            [[maybe_unused]] const auto scale = v.template scale_as<typename decltype(source)::Real>();
+            for_each_step(source, t, part.local, part.n,
+                          [&]([[maybe_unused]] auto how, int at, int, int none, const auto& entries) {
+                              excluded += none;
+                              const uint32_t above = held(source, entries, a, at);
+                              above_here += count_bits(above);
+                              if constexpr (kEdit) {
+                                  if (ballot(above != 0) != 0)
+                                      unchanged +=
+                                          edit_eight(how, source, t, part.local + at, above, entries.delta, scale);
+                              }
+                              uint32_t band = held(source, entries, b, at) & ~above;
+                              for (; band != 0; band &= band - 1) {
+                                  const int j = lowest_bit(band);
+                                  const Key key = signed_key(source, entries, j);
+                                  const int64_t index = part.index + at + j;
+                                  const uint32_t place = atomic_add(staged, 0, 1u);
+                                  if (place < kStage) {
+                                      store(stage_keys, int(place), key);
+                                      store(stage_indices, int(place), index);
+                                  } else {  // a chunk full of candidates
+                                      const int64_t free = atomic_add(state, kWithin, int64_t(1));
+                                      if (free < room) store(v.pool_keys, pool + free, key);
+                                      if (free < room) store(v.pool_indices, pool + free, index);
+                                  }
+                              }
+                          });
         });
         above_count += above_here;
         sync_block();

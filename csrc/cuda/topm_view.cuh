@@ -88,7 +88,12 @@ struct View {
     int64_t problems_each;  // per group: kProblems, or K's alone where no group is sampled
     int64_t per_tensor, one_pass, ordered;
     double scale;
+    float scale_f32;
 
+    template <class Real>
+    PSE_HD Real scale_as() const {
+        return sizeof(Real) == 8 ? Real(scale) : Real(scale_f32);
+    }
     PSE_HD Global<int64_t> state_of(int64_t g) const { return state + g * kStateWords; }
     PSE_HD Global<const int64_t> group(int64_t g) const { return groups + g * kGroupWords; }
     PSE_HD int64_t problem(int64_t g, int which) const { return g * problems_each + which; }

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from prosocial_ext import ops, peers
-from prosocial_ext.ops import _cuda_sampling
+from prosocial_ext.ops import _cuda, _cuda_sampling
 
 RUNS = 50
 
@@ -110,6 +110,7 @@ class Clock:
         """Time one call and its peers."""
         run = self.graph(call)
         cold, warm = sorted(self.events(run, cold=True)), self.events(run, cold=False)
+        others = {"without overlap": partial(without_overlap, call), **others}
         found = {peer: self.peer(other) for peer, other in others.items()}
         tenth = len(cold) // 10
         return Case(
@@ -134,6 +135,15 @@ def flashinfer(base: torch.Tensor, guide: torch.Tensor, top_k: int, top_p: float
         )
 
     return call
+
+
+def without_overlap(call: Callable[[], object]) -> object:
+    """Launch one kernel after the other, as GPUs before Hopper do."""
+    _cuda.launchers.set_launch_overlap(False)
+    try:
+        return call()
+    finally:
+        _cuda.launchers.set_launch_overlap(True)
 
 
 def in_chunks(call: Callable[[], object]) -> object:

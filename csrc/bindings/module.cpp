@@ -31,6 +31,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("cuda_device_count", &pse::cuda::device_count, "(cudaError_t, devices); 35: no driver, or too old");
     py::module_ cuda = m.def_submodule("cuda", "launchers of the CUDA kernels (csrc/cuda)");
     pse::register_cuda(cuda);
+    cuda.def("set_launch_overlap", &pse::cuda::set_launch_overlap, py::arg("wanted"),
+             "whether kernels may start before those ahead of them have ended (csrc/cuda/device.h)");
 #else
     m.attr("cuda_toolkit") = py::none();
     m.attr("cuda_archs") = py::none();

@@ -1,4 +1,4 @@
-// Device queries for `prosocial env`, and the error convention of the launchers.
+// Device queries for `prosocial env` and for launches.
 #pragma once
 #include <utility>
 
@@ -6,6 +6,11 @@ namespace pse {
 namespace cuda {
 
 std::pair<int, int> device_count();  // (cudaError_t, count)
+
+// Whether a kernel may start on the current device while those before it in the stream still run: where the device has
+// programmatic dependent launch (9.0 on) and the binary holds code for it. PROSOCIAL_CUDA_OVERLAP=off says no.
+bool launches_overlap(int device);
+void set_launch_overlap(bool wanted);  // for comparisons within a process
 
 }  // namespace cuda
 }  // namespace pse

@@ -182,6 +182,7 @@ PSE_DEVICE void recur_inline(const Arrays& a, int64_t group) {
 
 // Many: a block each. Its threads fetch a row of the Gram matrix per step; the dot is one chain by definition.
 PSE_KERNEL(kRecurThreads) recur_objective(Arrays a) {
+    after_earlier_launches();
     PSE_SHARED(double, weights, kMostObjectives);
     PSE_SHARED(double, squared_norms, kMostObjectives);
     PSE_SHARED(double, row, kMostObjectives);
@@ -260,6 +261,7 @@ PSE_DEVICE void join_inline(const Arrays& a, int64_t group, int64_t run, int64_t
 }
 
 PSE_KERNEL(kJoinThreads) join_pairs(Arrays a) {
+    after_earlier_launches();
     const int64_t chunks = divide_up(a.pairs, kJoinThreads), chunk = block() % chunks;
     const int64_t run = block() / chunks % a.runs, group = block() / chunks / a.runs;
     const int64_t pair = chunk * kJoinThreads + thread();
@@ -322,6 +324,7 @@ PSE_DEVICE double join_lanes_of_threads(double x) {
 template <int kRows>
 PSE_KERNEL(kRegisterThreads, kAnyOccupancy)
 gram_registers(Arrays a) {
+    after_earlier_launches();
     constexpr int kPairs = kRows * (kRows + 1) / 2, kShare = kRegisterThreads / kLanes;
     const int64_t shares = divide_up(a.blocks, kShare), group = block() / shares, share = block() % shares;
     const int64_t block_of_columns = share * kShare + thread() / kLanes;
@@ -433,6 +436,7 @@ PSE_DEVICE void add_tiles(const Piece& piece, Shared<int64_t> addresses, Shared<
 template <class Shape>
 PSE_KERNEL(Shape::kThreads, kAnyOccupancy)
 gram_tiles(Arrays a) {
+    after_earlier_launches();
     constexpr int kTile = Shape::kTile, kSide = Shape::kSide;
     PSE_SHARED(int64_t, addresses, Shape::kStaged);
     PSE_SHARED(double, slab, Shape::kSlab);
@@ -535,6 +539,7 @@ PSE_DEVICE void combine_piece(const Piece& piece, Shared<int64_t> addresses, Sha
 }
 
 PSE_KERNEL(kCombineThreads, kAnyOccupancy) combine(Arrays a) {
+    after_earlier_launches();
     PSE_SHARED(int64_t, addresses, kMostObjectives);
     PSE_SHARED(double, coefficients, kMostObjectives);
     const int64_t reversed = blocks() - 1 - block();
@@ -567,6 +572,7 @@ struct Words {
 };
 
 PSE_KERNEL(kWords) write_argument(Words words, Global<int64_t> to, int count) {
+    after_earlier_launches();
     if (thread() < count) store(to, thread(), words.at[thread()]);
 }
 

@@ -78,6 +78,7 @@ PSE_DEVICE void clear_row(const Job& a, int64_t row) {
 template <int kThreads, int kGroups>
 PSE_KERNEL(kThreads)
 sampling_combine(Job a) {
+    after_earlier_launches();
     const int64_t row = uint32_t(block()) / a.chunks, chunk = uint32_t(block()) % a.chunks;
     if (chunk == 0) clear_row<kThreads>(a, row);
     int32_t best = INT32_MIN, worst = INT32_MAX;
@@ -220,6 +221,7 @@ PSE_DEVICE void weigh_chunk(const Job& a, int64_t row, int64_t chunk, const Scal
 template <int kThreads, int kGroups, bool kFilters>
 PSE_KERNEL(kThreads, kResident / kThreads)
 sampling_weigh(Job a) {
+    after_earlier_launches();
     const int64_t row = uint32_t(block()) / a.chunks, chunk = uint32_t(block()) % a.chunks;
     const Best best = row_best<kThreads>(a, row);
     bool greedy;
@@ -357,6 +359,7 @@ PSE_DEVICE void list_chunk(const Job& a, int64_t row, int64_t chunk, const Searc
 template <int kThreads, int kGroups>
 PSE_KERNEL(kThreads, kResident / kThreads)
 sampling_settle(Job a) {
+    after_earlier_launches();
     const int64_t row = uint32_t(block()) / a.chunks, chunk = uint32_t(block()) % a.chunks;
     if (load(a.state, row * kState + kSearch) == 0) return;  // the row is bad, or its token is drawn
     const Search search = take_search(a, row);
@@ -393,6 +396,7 @@ sampling_settle(Job a) {
 template <int kThreads, int kGroups>
 PSE_KERNEL(kThreads, kResident / kThreads)
 sampling_logprobs(Job a, uint32_t column_chunks) {
+    after_earlier_launches();
     const int64_t row = uint32_t(block()) / column_chunks, chunk = uint32_t(block()) % column_chunks;
     const uint64_t best = load(a.state, row * kState + kBest);
     const double log_mass_of_row = bits_double(load(a.state, row * kState + kSearch));

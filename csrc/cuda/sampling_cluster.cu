@@ -310,6 +310,7 @@ PSE_DEVICE void sample_row(const Request& a, int slice_groups) {
 template <int kThreads>
 PSE_KERNEL(kThreads, kThreads == kWide ? 2 : 8)
 sampling_cluster(Request a, int slice_groups) {
+    after_earlier_launches();
     if constexpr (kHaveClusters) {
         sample_row<kThreads>(a, slice_groups);
         cluster_sync();  // others may still read what this block has in shared memory

@@ -6,8 +6,11 @@
 // Rules   Blocks are whole warps. Memory is reached by load() and store(), never by operator[]. Global memory is a
 //         Global<T> that knows its size (harness only). Atomics are on integers, relaxed; floats never.
 //         Blocks meet in last_block() alone, the only fence in the code base, and within a cluster in cluster_sync().
+//         A kernel's first statement is after_earlier_launches(): its blocks may be there before the launches before
+//         it in the stream have finished.
 #pragma once
 #include "core/arithmetic.h"
+#include "cuda/device.h"
 #include "cuda/target.h"
 
 #ifdef PSE_SIMT
@@ -86,6 +89,19 @@ PSE_DEVICE int64_t block() { return int64_t(blockIdx.x); }
 PSE_DEVICE int64_t blocks() { return int64_t(gridDim.x); }
 PSE_DEVICE int lane() { return int(threadIdx.x) % kWarp; }
 PSE_DEVICE int warp() { return int(threadIdx.x) / kWarp; }
+
+// ---- the order of launches
+
+// Waits for the launches before this one in the stream, and for what they wrote. From compute capability 9.0 on the
+// next launch may send its blocks, which wait here, as soon as all of this one's are running: what it takes to start
+// them is hidden (programmatic dependent launch). A thread that left a kernel without this would let the next but one
+// run early.
+PSE_DEVICE void after_earlier_launches() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    cudaTriggerProgrammaticLaunchCompletion();
+    cudaGridDependencySynchronize();
+#endif
+}
 
 // ---- barriers and collectives: every thread of the block, or every lane of the mask, takes part at the same place
 
@@ -210,6 +226,14 @@ class OnDevice {
     bool changed_ = false;
 };
 
+// What a launch says beside its size; `overlap` has room for one attribute.
+inline int overlap_attribute(const Target& target, cudaLaunchAttribute* overlap) {
+    if (!cuda::launches_overlap(target.device)) return 0;
+    overlap->id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap->val.programmaticStreamSerializationAllowed = 1;
+    return 1;
+}
+
 // Launches `blocks` blocks (nothing where there are none). The name is the harness's.
 template <class... Parameters, class... Arguments>
 int launch(const char*, const Target& target, int64_t blocks, int threads, void (*kernel)(Parameters...),
@@ -218,10 +242,13 @@ int launch(const char*, const Target& target, int64_t blocks, int threads, void 
     if (blocks > INT32_MAX) return int(cudaErrorInvalidConfiguration);
     const OnDevice on(target);
     if (on.error() != 0) return on.error();
+    cudaLaunchAttribute overlap = {};
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(unsigned(blocks));
     config.blockDim = dim3(unsigned(threads));
     config.stream = static_cast<cudaStream_t>(target.stream);
+    config.attrs = &overlap;
+    config.numAttrs = unsigned(overlap_attribute(target, &overlap));
     return int(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
 }
 
@@ -235,17 +262,17 @@ int launch_clusters(const char*, const Target& target, int64_t clusters, int siz
     if (on.error() != 0) return on.error();
     const auto limit = cudaFuncAttributeMaxDynamicSharedMemorySize;  // 48 KB unless asked for
     if (const cudaError_t error = cudaFuncSetAttribute(kernel, limit, int(bytes))) return int(error);
-    cudaLaunchAttribute cluster = {};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = unsigned(size);
-    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    cudaLaunchAttribute attributes[2] = {};
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim.x = unsigned(size);
+    attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(unsigned(clusters * size));
     config.blockDim = dim3(unsigned(threads));
     config.dynamicSmemBytes = size_t(bytes);
     config.stream = static_cast<cudaStream_t>(target.stream);
-    config.attrs = &cluster;
-    config.numAttrs = 1;
+    config.attrs = attributes;
+    config.numAttrs = unsigned(1 + overlap_attribute(target, &attributes[1]));
     return int(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
 }
 

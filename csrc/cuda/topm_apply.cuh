@@ -9,6 +9,7 @@ namespace cuda {
 template <class Key>
 PSE_KERNEL(kThreads)
 topm_scan_chunks(View<Key> v) {
+    after_earlier_launches();
     PSE_SHARED(int64_t, sums, kWarps);
     int64_t mine[kPer], sum = 0, total;
     for (int j = 0; j < kPer; ++j) {
@@ -58,6 +59,7 @@ constexpr int kEditors<Same<T>, kOutput> = (sizeof(T) == 2 ? 4 : 3) - (kOutput =
 template <class M, Output kOutput>
 PSE_KERNEL(kThreads, (kEditors<M, kOutput>))
 topm_apply(View<typename M::Key> v) {
+    after_earlier_launches();
     using Key = typename M::Key;
     PSE_SHARED(int32_t, sums, kWarps);
     int64_t current = -1;

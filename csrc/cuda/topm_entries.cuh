@@ -506,6 +506,7 @@ struct Words {
     int64_t at[kWords];
 };
 PSE_KERNEL(kThreads) topm_put_words(Global<int64_t> out, Words words, int64_t count) {
+    after_earlier_launches();
     for (int64_t i = thread(); i < count; i += kThreads) store(out, i, words.at[i]);
 }
 static inline int put_words(const Target& target, int64_t address, const int64_t* words, int64_t count) {

@@ -15,6 +15,7 @@ template <class Key>
 PSE_KERNEL(kThreads)
 topm_open(View<Key> v, Global<int64_t> tables, Words words, int64_t first, int64_t count, Global<int64_t> zeros,
           int64_t num_zeros) {
+    after_earlier_launches();
     const int64_t from = block() * kThreads + thread(), step = blocks() * kThreads;
     for (int64_t i = from; i < count; i += step) store(tables, first + i, words.at[i]);
     for (int64_t i = from; i < num_zeros; i += step) store(zeros, i, int64_t(0));
@@ -67,6 +68,7 @@ PSE_DEVICE Key key_of_entry(const TensorRow& t, int64_t local) {
 template <class Key>
 PSE_KERNEL(kThreads)
 topm_sample(View<Key> v) {
+    after_earlier_launches();
     PSE_SHARED(uint32_t, bins, kBins);
     PSE_SHARED(int64_t, sums, kWarps);
     const int64_t i = block() * kThreads + thread();
@@ -110,6 +112,7 @@ topm_sample(View<Key> v) {
 template <class Key, bool kFinish>
 PSE_KERNEL(kThreads, kAnyOccupancy)
 topm_bracket(View<Key> v, int64_t share) {
+    after_earlier_launches();
     PSE_RANK_ROOM(Key, room, 1);
     const int64_t slice = block() % share, g = block() / share / 2;
     const int which = block() / share % 2 == 0 ? kA : kB;

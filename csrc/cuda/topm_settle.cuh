@@ -32,6 +32,7 @@ PSE_DEVICE void settle_pool(const View<Key>& v, int step, int64_t g, int64_t sli
 template <class M>
 PSE_KERNEL(kThreads, (IsWide<M>::value ? kAnyOccupancy : 2))
 topm_settle(View<typename M::Key> v, int step, int64_t share) {
+    after_earlier_launches();
     using Key = typename M::Key;
     PSE_RANK_ROOM(Key, room, kCopies);
     const int64_t pools = v.num_groups * share;

@@ -38,6 +38,7 @@ PSE_HD bool is_finite(double x) { return (double_bits(x) & 0x7ff0000000000000u) 
 
 // 1: one block. Counts are checked one by one, so the sums cannot overflow before they are known to be sound.
 PSE_KERNEL(kThreads) sparse_counts(SparseView v) {
+    after_earlier_launches();
     PSE_SHARED(int64_t, sums, kWarps);
     int64_t before = 0, all_bad = 0;
     for (int64_t tile = 0; tile < v.num_tensors; tile += kThreads) {
@@ -63,6 +64,7 @@ PSE_KERNEL(kThreads) sparse_counts(SparseView v) {
 
 // 2: starts are not to be trusted where counts are damaged.
 PSE_KERNEL(kThreads) sparse_check(SparseView v, Global<uint32_t> found) {
+    after_earlier_launches();
     const uint32_t damaged = load(v.damage, v.num_tensors);
     if (damaged != 0) return;
     for (int64_t e = block() * kThreads + thread(); e < v.size; e += blocks() * kThreads) {
@@ -102,6 +104,7 @@ PSE_DEVICE int subtract_any(const SparseView& v, const TensorRow& t, int64_t ind
 
 // 3
 PSE_KERNEL(kThreads) sparse_apply(SparseView v, Global<uint32_t> found) {
+    after_earlier_launches();
     const bool damaged = load(v.damage, v.num_tensors) != 0 || load(found, v.num_tensors) != 0;
     if (damaged) {
         for (int64_t i = block() * kThreads + thread(); i < v.num_tensors; i += blocks() * kThreads) {

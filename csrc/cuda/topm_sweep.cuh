@@ -64,6 +64,7 @@ constexpr int kSweepers<Same<bf16_t>, true> = 3;
 template <class M, bool kEdit>
 PSE_KERNEL(kThreads, (kSweepers<M, kEdit>))
 topm_sweep(View<typename M::Key> v) {
+    after_earlier_launches();
     using Key = typename M::Key;
     PSE_SHARED(Key, stage_keys, kStage);
     PSE_SHARED(int64_t, stage_indices, kStage);

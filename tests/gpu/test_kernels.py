@@ -1,6 +1,6 @@
 """The ops on CUDA tensors against the same ops on the CPU, which the other tests hold against the reference."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -202,6 +202,14 @@ def test_small_a_gradient_that_is_not_finite_is_flagged(device: torch.device) ->
 # ---- graphs, streams, devices, compile, determinism
 
 
+@pytest.fixture(params=[True, False], ids=["overlapping", "one_by_one"])
+def launches(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Launches that may overlap, where the GPU can do that, and launches one after the other."""
+    _cuda.launchers.set_launch_overlap(request.param)
+    yield
+    _cuda.launchers.set_launch_overlap(True)
+
+
 def calls(device: torch.device) -> dict[str, Callable[[], torch.Tensor]]:
     """One call per op, each with inputs of its own; what they return changes if anything in them does."""
     generator = torch.Generator().manual_seed(1)
@@ -234,6 +242,7 @@ def calls(device: torch.device) -> dict[str, Callable[[], torch.Tensor]]:
 NAMES = ["sample", "sample_filtered", "sample_in_chunks", "logprobs", "project", "gram", "edit"]
 
 
+@pytest.mark.usefixtures("launches")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_captured_graph_replays_to_the_same_bits(device: torch.device, name: str) -> None:
     call = calls(device)[name]
@@ -258,12 +267,26 @@ def test_the_finite_check_is_refused_inside_a_capture(device: torch.device) -> N
         ops.topm_subtract_(params, base, tuned, m=10)
 
 
+@pytest.mark.usefixtures("launches")
 @pytest.mark.parametrize("name", [*NAMES, "select"])
 def test_small_a_hundred_runs_give_the_same_bits(device: torch.device, name: str) -> None:
     call = calls(device)[name]
     expected = call()
     for _ in range(100):
         assert_same_bits(call(), expected)
+
+
+def test_a_call_sees_what_was_written_just_before_it(device: torch.device) -> None:
+    sources = torch.randn(3, 4, 200_000, device=device)
+    base, guide = torch.empty(4, 200_000, device=device), torch.randn(4, 200_000, device=device)
+    for filters in ({}, {"top_k": 50, "top_p": 0.9}):
+        expected = [ops.guided_sample(source, guide, seed=3, **filters).cpu() for source in sources]
+        found = []
+        for i in range(300):
+            base.copy_(sources[i % 3])
+            found.append(ops.guided_sample(base, guide, seed=3, **filters))
+        for i, tokens in enumerate(found):
+            assert_same_bits(tokens.cpu(), expected[i % 3], f"call {i}")
 
 
 def test_streams_do_not_disturb_each_other(device: torch.device) -> None:

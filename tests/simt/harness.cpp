@@ -72,6 +72,7 @@ struct Fiber {
     Block* block = nullptr;
     int thread = 0;
     State state = State::ready;
+    bool started = false;  // has called after_earlier_launches()
     Place place = {"", 0};
     uint32_t warp_epoch = 0;
     uint64_t mine = 0;
@@ -152,7 +153,7 @@ struct Memory {
     struct {
         uintptr_t number = 0;
         Page* page = nullptr;
-    } recent[256];  // by the low bits of the page's number
+    } recent[256];              // by the low bits of the page's number
     std::vector<char*> stacks;  // of fibers that are done
     uint32_t launches = 0;
 
@@ -275,6 +276,11 @@ void fail(const std::string& what, Place place) {
     report(*now->current, place, what);
     to_scheduler(*now->current);
     __builtin_unreachable();
+}
+
+void after_earlier_launches() { now->current->started = true; }
+void check_started(Place place) {
+    if (!now->current->started) fail("global memory before after_earlier_launches()", place);
 }
 
 void may_switch() {
@@ -452,6 +458,7 @@ void note_visit(int rank, Place place) {
 static void leave(Fiber& fiber) {
     Block& block = *fiber.block;
     fiber.state = Fiber::State::done;
+    if (!fiber.started) report(fiber, {"end", 0}, "the kernel is left without after_earlier_launches()");
     ++block.barrier.left;
     ++block.cluster->barrier.left;
     ++block.warps[size_t(fiber.thread / kWarp)].left;

@@ -7,6 +7,7 @@
 //              cluster_sync(), at one address, when one of them writes and not both are atomic
 //   barriers   all threads of a cluster or block, or all lanes of a warp, at the same place; nobody has left the kernel
 //   unwritten  reads of shared memory that nothing has written
+//   launches   global memory before after_earlier_launches(), or a kernel left without it
 //   clusters   ranks; reads of the shared memory of a block that has left the kernel, or may leave it before the read
 // Schedules: threads and blocks run in an order drawn from a seed, one block after the other or all in turns. The
 // blocks of a cluster always run in turns.
@@ -59,7 +60,9 @@ inline int lane() { return thread() % kWarp; }
 inline int warp() { return thread() / kWarp; }
 
 [[noreturn]] void fail(const std::string& what, Place place);  // ends the launch; launch() throws
-void may_switch();                                             // lets another thread run now and then
+void after_earlier_launches();
+void check_started(Place place);  // this thread has called it
+void may_switch();                // lets another thread run now and then
 
 // ---- what is known about the accesses of one element
 
@@ -110,6 +113,7 @@ Global<T> global(int64_t address, int64_t count) {
 
 template <class T>
 void check_bounds(const Global<T>& p, int64_t i, int64_t n, Place place) {
+    check_started(place);
     if (i < p.first || i + n > p.end)
         fail("index " + std::to_string(i - p.first) + (n > 1 ? " (a vector of " + std::to_string(n) + ")" : "") +
                  " of a global buffer of " + std::to_string(p.end - p.first),

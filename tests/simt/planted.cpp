@@ -10,29 +10,34 @@ constexpr int kThreads = 64;
 constexpr int64_t kSize = 256;  // of the buffer that every kernel gets
 
 PSE_KERNEL(kThreads) reverse_with_barrier(Global<int32_t> data) {
+    after_earlier_launches();
     PSE_SHARED(int32_t, tile, kThreads);
     store(tile, thread(), load(data, thread()));
     sync_block();
     store(data, thread(), load(tile, kThreads - 1 - thread()));
 }
 PSE_KERNEL(kThreads) reverse_without_barrier(Global<int32_t> data) {
+    after_earlier_launches();
     PSE_SHARED(int32_t, tile, kThreads);
     store(tile, thread(), load(data, thread()));
     sync_warp();  // not enough: the other warp's part
     store(data, thread(), load(tile, kThreads - 1 - thread()));
 }
 PSE_KERNEL(kThreads) shift_in_a_warp(Global<int32_t> data) {
+    after_earlier_launches();
     PSE_SHARED(int32_t, tile, kThreads);
     store(tile, thread(), load(data, thread()));
     sync_warp();
     store(data, thread(), load(tile, thread() ^ 1));
 }
 PSE_KERNEL(kThreads) shift_without_warp_barrier(Global<int32_t> data) {
+    after_earlier_launches();
     PSE_SHARED(int32_t, tile, kThreads);
     store(tile, thread(), load(data, thread()));
     store(data, thread(), load(tile, thread() ^ 1));
 }
 PSE_KERNEL(kThreads) reuse_without_barrier(Global<int32_t> data) {
+    after_earlier_launches();
     PSE_SHARED(int32_t, tile, kThreads);
     for (int round = 0; round < 2; ++round) {
         store(tile, thread(), load(data, thread()) + round);
@@ -42,10 +47,12 @@ PSE_KERNEL(kThreads) reuse_without_barrier(Global<int32_t> data) {
     }
 }
 PSE_KERNEL(kThreads) barrier_in_a_branch(Global<int32_t> data) {
+    after_earlier_launches();
     if (thread() < 32) sync_block();
     store(data, thread(), 1);
 }
 PSE_KERNEL(kThreads) two_barriers_that_differ(Global<int32_t> data) {
+    after_earlier_launches();
     if (thread() < 32)
         sync_block();
     else
@@ -53,20 +60,38 @@ PSE_KERNEL(kThreads) two_barriers_that_differ(Global<int32_t> data) {
     store(data, thread(), 1);
 }
 PSE_KERNEL(kThreads) shuffle_in_a_branch(Global<int32_t> data) {
+    after_earlier_launches();
     int32_t x = load(data, thread());
     if (lane() < 16) x = shuffle(x, 0);
     store(data, thread(), x);
 }
 PSE_KERNEL(kThreads) early_return(Global<int32_t> data) {
+    after_earlier_launches();
     if (thread() == 5) return;
     sync_block();
     store(data, thread(), 1);
 }
-PSE_KERNEL(kThreads) off_by_one(Global<int32_t> data) { store(data, kSize - kThreads + 1 + thread(), 1); }
-PSE_KERNEL(kThreads) before_the_first(Global<int32_t> data) { store(data, load(data, thread() - 1), 1); }
+PSE_KERNEL(kThreads) off_by_one(Global<int32_t> data) {
+    after_earlier_launches();
+    store(data, kSize - kThreads + 1 + thread(), 1);
+}
+PSE_KERNEL(kThreads) before_the_first(Global<int32_t> data) {
+    after_earlier_launches();
+    store(data, load(data, thread() - 1), 1);
+}
 PSE_KERNEL(kThreads) shared_off_by_one(Global<int32_t> data) {
+    after_earlier_launches();
     PSE_SHARED(int32_t, tile, kThreads);
     store(tile, thread() + 1, load(data, thread()));
+}
+PSE_KERNEL(kThreads) does_not_wait_for_earlier_launches(Global<int32_t> data) {
+    store(data, thread(), 1);
+    after_earlier_launches();
+}
+PSE_KERNEL(kThreads) leaves_before_earlier_launches(Global<int32_t> data) {
+    if (thread() == 5) return;
+    after_earlier_launches();
+    store(data, thread(), 1);
 }
 // A function of csrc/core: it knows no kernel, and is checked as if it did.
 template <class Row>
@@ -74,43 +99,60 @@ PSE_HD void add_to_each(Row row, int count, int32_t x) {
     for (int i = 0; i < count; ++i) row[i] = row[i] + x;
 }
 PSE_KERNEL(kThreads) core_function(Global<int32_t> data) {
+    after_earlier_launches();
     if (block() == 0 && thread() == 0) add_to_each(elements(data), kThreads, 5);
 }
 PSE_KERNEL(kThreads) core_function_off_by_one(Global<int32_t> data) {
+    after_earlier_launches();
     PSE_SHARED(int32_t, tile, kThreads);
     store(tile, thread(), load(data, thread()));
     sync_block();
     if (thread() == 0) add_to_each(elements(tile), kThreads + 1, 5);
 }
 PSE_KERNEL(kThreads) core_function_without_barrier(Global<int32_t> data) {
+    after_earlier_launches();
     PSE_SHARED(int32_t, tile, kThreads);
     store(tile, thread(), load(data, thread()));
     if (thread() == 0) add_to_each(elements(tile), kThreads, 5);
 }
-PSE_KERNEL(kThreads) crooked_vector(Global<int32_t> data) { store(data, thread(), load_vector<4>(data, 1).at[0]); }
+PSE_KERNEL(kThreads) crooked_vector(Global<int32_t> data) {
+    after_earlier_launches();
+    store(data, thread(), load_vector<4>(data, 1).at[0]);
+}
 PSE_KERNEL(kThreads) unwritten_read(Global<int32_t> data) {
+    after_earlier_launches();
     PSE_SHARED(int32_t, tile, kThreads);
     if (thread() != 7) store(tile, thread(), 1);
     sync_block();
     store(data, thread(), load(tile, thread()));
 }
 PSE_KERNEL(kThreads) unwritten_counter(Global<int32_t> data) {
+    after_earlier_launches();
     PSE_SHARED(int32_t, counter, 1);
     atomic_add(counter, 0, 1);  // nobody has set it to 0
     store(data, thread(), 1);
 }
-PSE_KERNEL(kThreads) two_blocks_write(Global<int32_t> data) { store(data, thread(), int32_t(block())); }
+PSE_KERNEL(kThreads) two_blocks_write(Global<int32_t> data) {
+    after_earlier_launches();
+    store(data, thread(), int32_t(block()));
+}
 PSE_KERNEL(kThreads) a_block_reads_another_s(Global<int32_t> data) {
+    after_earlier_launches();
     store(data, block() * kThreads + thread(), 1);
     const int32_t x = load(data, (block() + 1) % 2 * kThreads + thread());
     store(data, 2 * kThreads + block() * kThreads + thread(), x);
 }
 PSE_KERNEL(kThreads) plain_read_of_a_counter(Global<int32_t> data) {
+    after_earlier_launches();
     if (thread() == 0) atomic_add(data, 0, 1);
     if (thread() == 0 && load(data, 0) > 0) store(data, 1 + block(), 1);
 }
-PSE_KERNEL(kThreads) count_with_atomics(Global<int32_t> data) { atomic_add(data, 0, 1); }
+PSE_KERNEL(kThreads) count_with_atomics(Global<int32_t> data) {
+    after_earlier_launches();
+    atomic_add(data, 0, 1);
+}
 PSE_KERNEL(kThreads) sum_by_the_last_block(Global<int32_t> data, Global<uint32_t> tickets) {
+    after_earlier_launches();
     store(data, block() * kThreads + thread(), 1);
     if (!last_block(tickets, 0, uint32_t(blocks()))) return;
     int32_t sum = 0;
@@ -118,6 +160,7 @@ PSE_KERNEL(kThreads) sum_by_the_last_block(Global<int32_t> data, Global<uint32_t
     store(data, 3 * kThreads + thread(), sum);
 }
 PSE_KERNEL(kThreads) sum_by_a_block_that_does_not_wait(Global<int32_t> data, Global<uint32_t> tickets) {
+    after_earlier_launches();
     store(data, block() * kThreads + thread(), 1);
     last_block(tickets, 0, uint32_t(blocks()));
     if (block() != 0) return;
@@ -126,15 +169,18 @@ PSE_KERNEL(kThreads) sum_by_a_block_that_does_not_wait(Global<int32_t> data, Glo
     store(data, 3 * kThreads + thread(), sum);
 }
 PSE_KERNEL(kThreads) late_write(Global<int32_t> data, Global<uint32_t> tickets) {
+    after_earlier_launches();
     const bool last = last_block(tickets, 0, uint32_t(blocks()));
     if (block() == 1 && thread() == 0) store(data, 0, 1);  // after it has come: the last block need not see it
     if (last) store(data, kThreads + thread(), load(data, 0));
 }
 PSE_KERNEL(kThreads) dirty_ticket(Global<int32_t> data, Global<uint32_t> tickets) {
+    after_earlier_launches();
     if (last_block(tickets, 0, uint32_t(blocks()))) store(data, thread(), 1);
 }
 // Block 0 expects block 1's mark: right in one order of the blocks, wrong in another.
 PSE_KERNEL(kThreads) depends_on_block_order(Global<int32_t> data) {
+    after_earlier_launches();
     if (thread() == 0) store(data, block(), atomic_add(data, kThreads, 1));
 }
 
@@ -143,13 +189,15 @@ PSE_KERNEL(kThreads) depends_on_block_order(Global<int32_t> data) {
 PSE_DEVICE int next_rank() { return (cluster_rank() + 1) % cluster_size(); }
 
 PSE_KERNEL(kThreads) neighbours(Global<int32_t> data) {
+    after_earlier_launches();
     PSE_SHARED(int32_t, tile, kThreads);
     store(tile, thread(), int32_t(100 * block()) + thread());
     cluster_sync();
     store(data, block() * kThreads + thread(), load(of_rank(tile, next_rank()), kThreads - 1 - thread()));
     cluster_sync();
 }
-PSE_KERNEL(kThreads) neighbours_in_turns(Global<int32_t> data) {  // two arrays: a barrier a round is enough
+PSE_KERNEL(kThreads) neighbours_in_turns(Global<int32_t> data) {
+    after_earlier_launches();  // two arrays: a barrier a round is enough
     PSE_SHARED(int32_t, tile, 2 * kThreads);
     int32_t x = int32_t(block());
     for (int round = 0; round < 4; ++round) {
@@ -162,6 +210,7 @@ PSE_KERNEL(kThreads) neighbours_in_turns(Global<int32_t> data) {  // two arrays:
     cluster_sync();
 }
 PSE_KERNEL(kThreads) blocks_of_a_cluster_through_memory(Global<int32_t> data) {
+    after_earlier_launches();
     store(data, block() * kThreads + thread(), int32_t(block()));
     cluster_sync();
     const int64_t next = block() - cluster_rank() + next_rank();
@@ -170,6 +219,7 @@ PSE_KERNEL(kThreads) blocks_of_a_cluster_through_memory(Global<int32_t> data) {
     store(data, block() * kThreads + thread(), x);
 }
 PSE_KERNEL(kThreads) launched_tile(Global<int32_t> data) {
+    after_earlier_launches();
     PSE_LAUNCHED_SHARED(int32_t, tile);
     store(tile, thread(), int32_t(block()));
     cluster_sync();
@@ -177,10 +227,12 @@ PSE_KERNEL(kThreads) launched_tile(Global<int32_t> data) {
     cluster_sync();
 }
 PSE_KERNEL(kThreads) launched_tile_off_by_one(Global<int32_t> data) {
+    after_earlier_launches();
     PSE_LAUNCHED_SHARED(int32_t, tile);
     store(tile, thread() + 1, load(data, thread()));
 }
 PSE_KERNEL(kThreads) neighbours_without_barrier(Global<int32_t> data) {
+    after_earlier_launches();
     PSE_SHARED(int32_t, tile, kThreads);
     store(tile, thread(), 0);
     cluster_sync();
@@ -190,6 +242,7 @@ PSE_KERNEL(kThreads) neighbours_without_barrier(Global<int32_t> data) {
     cluster_sync();
 }
 PSE_KERNEL(kThreads) neighbours_overwritten(Global<int32_t> data) {
+    after_earlier_launches();
     PSE_SHARED(int32_t, tile, kThreads);
     int32_t x = int32_t(block());
     for (int round = 0; round < 2; ++round) {
@@ -202,12 +255,14 @@ PSE_KERNEL(kThreads) neighbours_overwritten(Global<int32_t> data) {
     cluster_sync();
 }
 PSE_KERNEL(kThreads) leaves_before_it_is_read(Global<int32_t> data) {
+    after_earlier_launches();
     PSE_SHARED(int32_t, tile, kThreads);
     store(tile, thread(), int32_t(block()));
     cluster_sync();
     store(data, block() * kThreads + thread(), load(of_rank(tile, next_rank()), thread()));
 }
 PSE_KERNEL(kThreads) rank_out_of_range(Global<int32_t> data) {
+    after_earlier_launches();
     PSE_SHARED(int32_t, tile, kThreads);
     store(tile, thread(), int32_t(block()));
     cluster_sync();
@@ -215,6 +270,7 @@ PSE_KERNEL(kThreads) rank_out_of_range(Global<int32_t> data) {
     cluster_sync();
 }
 PSE_KERNEL(kThreads) two_cluster_barriers_that_differ(Global<int32_t> data) {
+    after_earlier_launches();
     if (cluster_rank() == 0)
         cluster_sync();
     else
@@ -222,10 +278,12 @@ PSE_KERNEL(kThreads) two_cluster_barriers_that_differ(Global<int32_t> data) {
     store(data, block() * kThreads + thread(), 1);
 }
 PSE_KERNEL(kThreads) cluster_barrier_of_some(Global<int32_t> data) {
+    after_earlier_launches();
     if (cluster_rank() != 1) cluster_sync();
     store(data, block() * kThreads + thread(), 1);
 }
 PSE_KERNEL(kThreads) barriers_of_two_kinds(Global<int32_t> data) {
+    after_earlier_launches();
     if (thread() < 32)
         cluster_sync();
     else
@@ -233,6 +291,7 @@ PSE_KERNEL(kThreads) barriers_of_two_kinds(Global<int32_t> data) {
     store(data, block() * kThreads + thread(), 1);
 }
 PSE_KERNEL(kThreads) unwritten_remote_read(Global<int32_t> data) {
+    after_earlier_launches();
     PSE_SHARED(int32_t, tile, kThreads);
     if (cluster_rank() != 2 || thread() != 7) store(tile, thread(), 1);
     cluster_sync();
@@ -240,6 +299,7 @@ PSE_KERNEL(kThreads) unwritten_remote_read(Global<int32_t> data) {
     cluster_sync();
 }
 PSE_KERNEL(kThreads) other_cluster_through_memory(Global<int32_t> data) {
+    after_earlier_launches();
     store(data, block() * kThreads + thread(), 1);
     cluster_sync();
     const int32_t x = load(data, (block() + 1) % blocks() * kThreads + thread());
@@ -262,6 +322,8 @@ std::vector<std::string> planted_names() {
             "off_by_one",
             "before_the_first",
             "shared_off_by_one",
+            "does_not_wait_for_earlier_launches",
+            "leaves_before_earlier_launches",
             "core_function",
             "core_function_off_by_one",
             "core_function_without_barrier",
@@ -317,6 +379,8 @@ std::vector<int32_t> planted(const std::string& name) {
     PSE_ONE(off_by_one, 1);
     PSE_ONE(before_the_first, 1);
     PSE_ONE(shared_off_by_one, 1);
+    PSE_ONE(does_not_wait_for_earlier_launches, 1);
+    PSE_ONE(leaves_before_earlier_launches, 1);
     PSE_ONE(core_function, 1);
     PSE_ONE(core_function_off_by_one, 1);
     PSE_ONE(core_function_without_barrier, 1);

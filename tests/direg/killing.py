@@ -103,15 +103,18 @@ class Stoppable:
 def check_command(
     script: str, arguments: list[str], notes: str, number: int, capsys: pytest.CaptureFixture[str], says: str, done: str
 ) -> None:
-    """Stop a slow command that makes "out" once three ``notes`` are there; it goes on, and begins anew with --fresh."""
+    """Stop a slow command that makes "out" once it has written three ``notes``; it goes on, or begins anew."""
     out = Path("out")
+
+    def written() -> int:  # a note has its name before it has its text
+        return sum(note.stat().st_size > 0 for note in Path().glob(f".out.*.partial/aside/{notes}/*"))
 
     def content() -> object:
         return folder_bytes(out) if out.is_dir() else out.read_bytes()
 
     def stopped() -> str:
         process = subprocess.Popen([sys.executable, "-c", script, *arguments], stderr=subprocess.PIPE, text=True)
-        while len(list(Path().glob(f".out.*.partial/aside/{notes}/*"))) < 3:
+        while written() < 3:
             assert process.poll() is None
             time.sleep(0.01)
         process.send_signal(number)

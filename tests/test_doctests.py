@@ -13,6 +13,7 @@ import prosocial_ext
 
 
 def module_names() -> Iterator[str]:
+    yield "benchmarks.instructions"
     for package in (prosocial_ext, prosocial_ext.reference):
         yield package.__name__
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):

@@ -313,6 +313,7 @@ def test_another_device_than_the_current_one() -> None:
             assert_same_bits(second[name]().cpu(), first[name]().cpu())
 
 
+@pytest.mark.filterwarnings("default")  # inductor imports what torch has deprecated
 def test_compiled_steps(device: torch.device) -> None:
     base, guide = torch.randn(4, 5000, device=device), torch.randn(4, 5000, device=device)
 

@@ -17,6 +17,7 @@
 #include "harness.h"
 #else
 #include <cooperative_groups.h>
+#include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
 
 namespace pse {
@@ -26,6 +27,7 @@ namespace simt {
 #define PSE_METHOD __device__ __forceinline__                                  // the same for a function of a struct
 #define PSE_KERNEL(...) static __global__ void __launch_bounds__(__VA_ARGS__)  // threads, blocks per processor
 #define PSE_SHARED(T, name, count) __shared__ T name[count]
+#define PSE_COPIED_SHARED(T, name, count) __shared__ alignas(16) T name[count]  // that copy_async() may write
 #define PSE_LAUNCHED_SHARED(T, name) extern __shared__ T name[]  // as many as launch_clusters() was told: one a kernel
 #define PSE_UNROLL _Pragma("unroll")
 
@@ -75,6 +77,19 @@ PSE_DEVICE Vector<T, N> load_vector(const T* p, int64_t i) {
 template <int N, class T>
 PSE_DEVICE void store_vector(T* p, int64_t i, const Vector<T, N>& value) {
     *reinterpret_cast<Vector<T, N>*>(p + i) = value;
+}
+// Starts a copy of 16 bytes, N elements, from global to shared memory, both at multiples of 16 bytes. A thread commits
+// the copies it has started as a group and waits for all groups but its latest ones; only then has it written what it
+// copied, and others may read it after a barrier.
+template <int N, class T>
+PSE_DEVICE void copy_async(T* to, int64_t i, const T* from, int64_t j) {
+    static_assert(sizeof(T) * N == 16, "16 bytes go past the L1 cache");
+    __pipeline_memcpy_async(to + i, from + j, 16);
+}
+PSE_DEVICE void commit_copies() { __pipeline_commit(); }
+template <int kLeft>
+PSE_DEVICE void wait_copies() {
+    __pipeline_wait_prior(kLeft);
 }
 template <class T>
 PSE_DEVICE bool is_aligned(const T* p, int64_t i, int bytes) {

@@ -66,6 +66,13 @@ struct Meeting {
     Fiber* first = nullptr;     // of those that wait
 };
 
+// What a thread has started to copy to shared memory.
+struct Copy {
+    SharedStore* memory;
+    int64_t first, count;
+    std::string bytes;
+};
+
 struct Fiber {
     enum class State { ready, at_cluster, at_barrier, at_warp, done };
 
@@ -84,6 +91,8 @@ struct Fiber {
     ucontext_t saved;
 #endif
     void* fake_stack = nullptr;
+    std::vector<Copy> copies;                  // since the latest commit
+    std::vector<std::vector<Copy>> committed;  // and not waited for
 };
 
 // A read of a block's shared memory by another block of its cluster.
@@ -379,6 +388,36 @@ SharedStore& shared_store(const void* site, const char* name, int64_t count, int
     return memory;
 }
 
+// ---- copies
+
+void start_copy(SharedStore& memory, int64_t first, int64_t count, const void* values) {
+    const size_t size = memory.bytes.size() / memory.shadows.size() * size_t(count);
+    now->current->copies.push_back({&memory, first, count, std::string(static_cast<const char*>(values), size)});
+}
+
+void commit_copies() {
+    Fiber& fiber = *now->current;
+    fiber.committed.push_back(std::move(fiber.copies));
+    fiber.copies.clear();
+}
+
+void wait_for_copies(size_t left, Place place) {
+    std::vector<std::vector<Copy>>& groups = now->current->committed;
+    for (; groups.size() > left; groups.erase(groups.begin()))
+        for (const Copy& copy : groups.front()) {
+            for (int64_t i = copy.first; i < copy.first + copy.count; ++i)
+                check_write(copy.memory->shadows[size_t(i)], false, copy.memory->name, i, place);
+            const size_t size = copy.bytes.size() / size_t(copy.count);
+            std::memcpy(&copy.memory->bytes[size_t(copy.first) * size], copy.bytes.data(), copy.bytes.size());
+        }
+    may_switch();
+}
+
+static bool still_copies(const Fiber& fiber) {
+    const auto some = [](const std::vector<Copy>& group) { return !group.empty(); };
+    return some(fiber.copies) || std::any_of(fiber.committed.begin(), fiber.committed.end(), some);
+}
+
 // ---- barriers and collectives
 
 static std::string named(const Fiber& fiber, const Fiber& reader) {
@@ -459,6 +498,7 @@ static void leave(Fiber& fiber) {
     Block& block = *fiber.block;
     fiber.state = Fiber::State::done;
     if (!fiber.started) report(fiber, {"end", 0}, "the kernel is left without after_earlier_launches()");
+    if (still_copies(fiber)) report(fiber, fiber.place, "it leaves the kernel without waiting for its copies");
     ++block.barrier.left;
     ++block.cluster->barrier.left;
     ++block.warps[size_t(fiber.thread / kWarp)].left;

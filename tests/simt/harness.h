@@ -8,6 +8,7 @@
 //   barriers   all threads of a cluster or block, or all lanes of a warp, at the same place; nobody has left the kernel
 //   unwritten  reads of shared memory that nothing has written
 //   launches   global memory before after_earlier_launches(), or a kernel left without it
+//   copies     reads of what is still being copied, and a thread that leaves with copies it has not waited for
 //   clusters   ranks; reads of the shared memory of a block that has left the kernel, or may leave it before the read
 // Schedules: threads and blocks run in an order drawn from a seed, one block after the other or all in turns. The
 // blocks of a cluster always run in turns.
@@ -32,6 +33,7 @@ namespace simt {
             return static_cast<const void*>(&site);          \
         }(),                                                 \
         #name)
+#define PSE_COPIED_SHARED(T, name, count) PSE_SHARED(T, name, count)
 #define PSE_LAUNCHED_SHARED(T, name)                   \
     const auto name = ::pse::simt::launched_shared<T>( \
         [] {                                           \
@@ -217,6 +219,41 @@ void store(const Shared<T>& p, int64_t i, V given, PSE_PLACE) {
     check_write(shadow, false, p.memory->name, p.offset + i, place);
     shadow.written = true;
     *element = T(given);
+}
+
+template <int N, class T>
+Vector<T, N> load_vector(const Shared<T>& p, int64_t i, PSE_PLACE) {
+    if ((p.offset + i) % N != 0)
+        fail("a vector of " + std::to_string(N) + " at " + shared_name(p, p.offset + i) + ", not a multiple of it",
+             place);
+    Vector<T, N> value;
+    for (int n = 0; n < N; ++n) value.at[n] = load(p, i + n, place);
+    return value;
+}
+
+// ---- copies from global to shared memory: they take place when they are waited for, and until then nobody may read
+
+void start_copy(SharedStore& memory, int64_t first, int64_t count, const void* values);
+void commit_copies();
+void wait_for_copies(size_t left, Place place);
+
+template <int N, class T>
+void copy_async(const Shared<T>& to, int64_t i, const Global<const T>& from, int64_t j, PSE_PLACE) {
+    static_assert(sizeof(T) * N == 16, "copies have 16 bytes");
+    if ((to.offset + i) % N != 0)
+        fail("a copy to " + shared_name(to, to.offset + i) + ", not a multiple of 16 bytes", place);
+    const Vector<T, N> values = load_vector<N>(from, j, place);
+    for (int n = 0; n < N; ++n) {
+        shared_element(to, i + n, place);
+        Shadow& shadow = to.memory->shadows[size_t(to.offset + i + n)];
+        check_write(shadow, false, to.memory->name, to.offset + i + n, place);
+        shadow.written = false;
+    }
+    start_copy(*to.memory, to.offset + i, N, &values);
+}
+template <int kLeft>
+void wait_copies(PSE_PLACE) {
+    wait_for_copies(kLeft, place);
 }
 
 // ---- what functions of csrc/core take for a pointer

@@ -132,6 +132,62 @@ PSE_KERNEL(kThreads) unwritten_counter(Global<int32_t> data) {
     atomic_add(counter, 0, 1);  // nobody has set it to 0
     store(data, thread(), 1);
 }
+// Sixteen threads copy four elements each.
+PSE_DEVICE void copy_tile(Shared<int32_t> tile, Global<const int32_t> data) {
+    if (thread() < kThreads / 4) copy_async<4>(tile, thread() * 4, data, thread() * 4);
+    commit_copies();
+}
+PSE_KERNEL(kThreads) reverse_by_copies(Global<int32_t> data) {
+    after_earlier_launches();
+    PSE_COPIED_SHARED(int32_t, tile, 2 * kThreads);
+    copy_tile(tile, data);
+    copy_tile(tile + kThreads, data);
+    wait_copies<1>();
+    sync_block();
+    const int32_t first = load(tile, kThreads - 1 - thread());
+    wait_copies<0>();
+    sync_block();
+    store(data, thread(), first + load_vector<2>(tile, kThreads + thread() / 2 * 2).at[0]);
+}
+PSE_KERNEL(kThreads) copies_not_waited_for(Global<int32_t> data) {
+    after_earlier_launches();
+    PSE_COPIED_SHARED(int32_t, tile, 2 * kThreads);
+    copy_tile(tile, data);
+    copy_tile(tile + kThreads, data);
+    wait_copies<1>();  // one group too few
+    sync_block();
+    store(data, thread(), load(tile, kThreads + thread()));
+    wait_copies<0>();
+}
+PSE_KERNEL(kThreads) copies_without_barrier(Global<int32_t> data) {
+    after_earlier_launches();
+    PSE_COPIED_SHARED(int32_t, tile, kThreads);
+    copy_tile(tile, data);
+    wait_copies<0>();  // not enough: the other threads' copies
+    store(data, kThreads + thread(), load(tile, thread()));
+}
+PSE_KERNEL(kThreads) copies_over_what_is_read(Global<int32_t> data) {
+    after_earlier_launches();
+    PSE_COPIED_SHARED(int32_t, tile, kThreads);
+    for (int round = 0; round < 2; ++round) {
+        copy_tile(tile, data);
+        wait_copies<0>();
+        sync_block();
+        store(data, kThreads + thread(), load(tile, kThreads - 1 - thread()));
+        // missing: the next round copies to what others still read
+    }
+}
+PSE_KERNEL(kThreads) copies_left_behind(Global<int32_t> data) {
+    after_earlier_launches();
+    PSE_COPIED_SHARED(int32_t, tile, kThreads);
+    sync_block();
+    copy_tile(tile, data);
+}
+PSE_KERNEL(kThreads) crooked_copy(Global<int32_t> data) {
+    after_earlier_launches();
+    PSE_COPIED_SHARED(int32_t, tile, kThreads);
+    copy_async<4>(tile, 2, Global<const int32_t>(data), 0);
+}
 PSE_KERNEL(kThreads) two_blocks_write(Global<int32_t> data) {
     after_earlier_launches();
     store(data, thread(), int32_t(block()));
@@ -330,6 +386,12 @@ std::vector<std::string> planted_names() {
             "crooked_vector",
             "unwritten_read",
             "unwritten_counter",
+            "reverse_by_copies",
+            "copies_not_waited_for",
+            "copies_without_barrier",
+            "copies_over_what_is_read",
+            "copies_left_behind",
+            "crooked_copy",
             "two_blocks_write",
             "a_block_reads_another_s",
             "plain_read_of_a_counter",
@@ -387,6 +449,12 @@ std::vector<int32_t> planted(const std::string& name) {
     PSE_ONE(crooked_vector, 1);
     PSE_ONE(unwritten_read, 1);
     PSE_ONE(unwritten_counter, 1);
+    PSE_ONE(reverse_by_copies, 1);
+    PSE_ONE(copies_not_waited_for, 1);
+    PSE_ONE(copies_without_barrier, 1);
+    PSE_ONE(copies_over_what_is_read, 1);
+    PSE_ONE(copies_left_behind, 1);
+    PSE_ONE(crooked_copy, 1);
     PSE_ONE(two_blocks_write, 2);
     PSE_ONE(a_block_reads_another_s, 2);
     PSE_ONE(plain_read_of_a_counter, 2);

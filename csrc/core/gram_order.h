@@ -13,7 +13,7 @@ constexpr int64_t kGramBlock = 4096;  // partial sums are k / kGramBlock of the 
 constexpr int64_t kGramLanes = 8;     // two vectors of AVX2, one of AVX-512; a 32-byte sector of fp32
 constexpr int64_t kGramRun = 64;  // runs are joined side by side: one chain of all blocks costs a GPU 10 % of the pass
 
-PSE_HD int64_t pairs_of(int64_t k) { return k * (k + 1) / 2; }
+PSE_HD constexpr int64_t pairs_of(int64_t k) { return k * (k + 1) / 2; }
 PSE_HD int64_t pair_index(int64_t i, int64_t j) { return i * (i + 1) / 2 + j; }  // j <= i
 
 // sum + x * y. Where the product is exact in fp64 (factors of 24 significant bits or fewer) fused or not is the same.

@@ -3,7 +3,8 @@
 // Floor  N = 2e7, k = 5, fp32: 880 MB, 207 us at 4.25 TB/s.
 // Story  1 gram     partial sums of all pairs per block of kGramBlock columns, in fp64, in the order of
 //                   core/gram_order.h. Few objectives: a thread is one lane of one block and holds every pair in
-//                   registers. Many, or few blocks: rows staged in shared memory, kTile x kTile pairs a thread.
+//                   registers, or half of them; rows come by asynchronous copies. Many, or few blocks: rows staged
+//                   in shared memory as fp64, kTile x kTile pairs a thread.
 //        2 join     the last block of a run adds its blocks up, the last run of the group its runs.
 //        3 recur    k-vectors in fp64 (core/pcgrad.h): coefficients of the projections, then of their sum.
 //        4 combine  out = sum_j c_j g_j in fp64, j ascending, unfused, rounded once; last columns first, which the
@@ -25,10 +26,10 @@ using namespace simt;
 using namespace PSE_ISA;
 
 constexpr int kLanes = int(kGramLanes);
-constexpr int64_t kRegisterRows = 12;  // 78 sums are 156 registers: 8 warps on a processor, and enough loads in flight
-constexpr int kRegisterThreads = 64;   // 8 blocks of columns: small, so that N = 2e7 still spreads over 132 processors
-// Below this many blocks, 8 threads each are too few to keep memory busy: a whole thread block takes each instead.
-constexpr int64_t kFewBlocks = 1024;
+constexpr int kWarpRows = 12;          // 78 sums of a thread are 156 registers
+constexpr int64_t kRegisterRows = 16;  // two warps share 136 sums
+// Below this many blocks, 8 threads for each do not fill the card: a whole thread block takes each instead.
+constexpr int64_t kFewBlocks = 512;
 constexpr int64_t kInline = 16;   // objectives whose join and recurrence one block does in passing: 136 pairs
 constexpr int kAnyOccupancy = 1;  // blocks per processor to compile for: left to itself, ptxas spills to fit one more
 constexpr int kJoinThreads = 256;
@@ -61,6 +62,7 @@ struct Arrays {
 
 PSE_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
 PSE_DEVICE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+PSE_DEVICE int larger(int a, int b) { return a > b ? a : b; }
 PSE_HD int64_t divide_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit; }
 
 PSE_DEVICE double widened(float x) { return double(x); }
@@ -272,46 +274,136 @@ PSE_KERNEL(kJoinThreads) join_pairs(Arrays a) {
 
 // ---- 1. gram, all pairs in registers
 
-template <int kRows, class T>
-PSE_DEVICE void add_columns(const Arrays& a, const Piece& piece, int64_t group, int lane_of_block, double* sum) {
+// A warp takes four blocks of columns, eight threads each: one per lane. Beyond kWarpRows two warps share the pairs.
+// Rows come through a ring in shared memory, a line of each row and block of columns at a time: copies need no
+// registers while they are in flight, and read whole sectors of 16-bit rows, of which eight lanes are half a one.
+template <int rows>
+struct Ring {
+    static constexpr int kParts = rows > kWarpRows ? 2 : 1;
+    static constexpr int kThreads = kParts * kWarp;
+    static constexpr int kShare = kWarp / kLanes;  // blocks of columns
+    // Rows of the first part: about half of the pairs.
+    static constexpr int kFirst = kParts == 1 ? rows : (rows * 5 + 3) / 7;
+    static constexpr int kPairsBefore = int(pairs_of(kFirst)), kPairs = int(pairs_of(rows));
+    static constexpr int kSums = kPairsBefore > kPairs - kPairsBefore ? kPairsBefore : kPairs - kPairsBefore;
+    static constexpr int kLine = rows <= 8 ? 128 : 64;  // bytes of one row and block: 8 rings fit a processor
+    static constexpr int kPitch = kLine + 32;           // the four blocks of columns meet other banks
+    static constexpr int kStages = 3;
+    static constexpr int kRow = kShare * kPitch / 2;  // halfwords of a row in the ring
+    static constexpr int kStage = rows * kRow;
+    static constexpr int kCopies = kLine / 16;                      // per row and block of columns
+    static constexpr int kAtOnce = kParts * kLanes / kCopies;       // rows that a block of columns' threads copy
+    static constexpr int kRounds = (rows + kAtOnce - 1) / kAtOnce;  // copies of a thread per line
+};
+
+// The sums of the pairs of rows [kFrom, kTo) with all rows before, of one lane's elements in one column.
+template <int kFrom, int kTo, class T, class Element>
+PSE_DEVICE void add_column(const Element& element, double* sum) {
     constexpr bool kExact = sizeof(T) < 8;
-    // Loads in flight per thread: enough bytes for 9 warps on a processor, within the registers that the sums leave.
-    constexpr int kSteps = (kRows <= 2   ? 16
-                            : kRows == 3 ? 12
-                            : kRows <= 5 ? 8
-                            : kRows <= 9 ? 4
-                                         : 2) /
-                           (sizeof(T) < 8 ? 1 : 2);
+    double x[kTo];
+    PSE_UNROLL
+    for (int i = 0; i < kTo; ++i) {
+        x[i] = widened(element(i));
+        if (i < kFrom) continue;
+        PSE_UNROLL
+        for (int j = 0; j <= i; ++j) {
+            double& s = sum[i * (i + 1) / 2 + j - int(pairs_of(kFrom))];
+            s = add_product<kExact>(s, x[i], x[j]);
+        }
+    }
+}
+template <int kRows, class T, class Element>
+PSE_DEVICE void add_part(int part, const Element& element, double* sum) {
+    constexpr int kFirst = Ring<kRows>::kFirst;
+    if (part == 0)
+        add_column<0, kFirst, T>(element, sum);
+    else if constexpr (kFirst < kRows)
+        add_column<kFirst, kRows, T>(element, sum);
+}
+
+// Whole lines. Returns the columns that are done.
+template <int kRows, class T>
+PSE_DEVICE int add_lines(const Arrays& a, const Piece& piece, int64_t group, int part, Shared<uint16_t> ring,
+                         double* sum) {
+    using R = Ring<kRows>;
+    constexpr int kUnits = int(sizeof(T)) / 2, kSteps = R::kLine / (kLanes * int(sizeof(T)));
+    const int lane_of_block = thread() % kLanes, share = thread() % kWarp / kLanes;
+    const int lines = piece.count * int(sizeof(T)) / R::kLine;
+    int most = lines;  // of the warp's four blocks of columns
+    most = larger(most, shuffle_xor(most, kLanes));
+    most = larger(most, shuffle_xor(most, 2 * kLanes));
+    const int first_row = (part * kLanes + lane_of_block) / R::kCopies, sixteenth = lane_of_block % R::kCopies;
+    const int to = first_row * R::kRow + share * R::kPitch / 2 + sixteenth * 8;
+    Global<const uint16_t> from[R::kRounds];
+    PSE_UNROLL
+    for (int u = 0; u < R::kRounds; ++u) {
+        const int row = smaller(first_row + u * R::kAtOnce, kRows - 1);
+        from[u] =
+            global<const uint16_t>(row_address(a, piece, group, row), int64_t(piece.count) * kUnits) + sixteenth * 8;
+    }
+    const auto copy_line = [&](int line, int slot) {
+        if (line < lines) {
+            const Shared<uint16_t> target = ring + (slot + to);
+            PSE_UNROLL
+            for (int u = 0; u < R::kRounds; ++u)
+                if ((u + 1) * R::kAtOnce <= kRows || first_row + u * R::kAtOnce < kRows)
+                    copy_async<8>(target, u * R::kAtOnce * R::kRow, from[u], line * R::kLine / 2);
+        }
+        commit_copies();
+    };
+    int filled = 0, read = 0;  // slots of the ring
+    const auto after = [](int slot) { return slot < (R::kStages - 1) * R::kStage ? slot + R::kStage : 0; };
+    for (int line = 0; line < R::kStages - 1; ++line, filled = after(filled)) copy_line(line, filled);
+    for (int line = 0; line < most; ++line, filled = after(filled), read = after(read)) {
+        wait_copies<R::kStages - 2>();
+        sync_block();  // the line is there, and the one before has been read
+        copy_line(line + R::kStages - 1, filled);
+        if (line >= lines) continue;
+        for (int step = 0; step < kSteps; ++step) {
+            const int at = read + share * R::kPitch / 2 + (step * kLanes + lane_of_block) * kUnits;
+            add_part<kRows, T>(
+                part,
+                [&](int i) {
+                    T x;
+                    const auto units = load_vector<kUnits>(ring, at + i * R::kRow);
+                    __builtin_memcpy(&x, &units, sizeof x);
+                    return x;
+                },
+                sum);
+        }
+    }
+    wait_copies<0>();
+    return lines * R::kLine / int(sizeof(T));
+}
+
+// What lines leave, column by column: ends of blocks, and all of it where lines cannot be copied.
+template <int kRows, class T>
+PSE_DEVICE void add_columns(const Arrays& a, const Piece& piece, int64_t group, int part, int first, double* sum) {
+    // Loads in flight per thread, within the registers that the sums leave.
+    constexpr int kSteps = kRows <= 3 ? 8 : kRows <= 5 ? 4 : kRows <= 8 ? 2 : 1;
+    if (first >= piece.count) return;  // before the rows' addresses, which a table holds
+    const int lane_of_block = thread() % kLanes;
     Global<const T> rows[kRows];
     PSE_UNROLL
-    for (int i = 0; i < kRows; ++i)
-        rows[i] = global<const T>(row_address(a, piece, group, i), piece.count) + lane_of_block;
-    const int steps = (piece.count - lane_of_block + kLanes - 1) / kLanes;
-    const auto add = [&](const T* raw) {
-        double x[kRows];
-        PSE_UNROLL
-        for (int i = 0; i < kRows; ++i) {
-            x[i] = widened(raw[i]);
-            PSE_UNROLL
-            for (int j = 0; j <= i; ++j)
-                sum[i * (i + 1) / 2 + j] = add_product<kExact>(sum[i * (i + 1) / 2 + j], x[i], x[j]);
-        }
-    };
-    int step = 0;
-    for (; step + kSteps <= steps; step += kSteps) {
+    for (int i = 0; i < kRows; ++i) rows[i] = global<const T>(row_address(a, piece, group, i), piece.count);
+    int column = first + lane_of_block;
+    for (; column + (kSteps - 1) * kLanes < piece.count; column += kSteps * kLanes) {
         T raw[kSteps][kRows];
         PSE_UNROLL
         for (int s = 0; s < kSteps; ++s) PSE_UNROLL
-        for (int i = 0; i < kRows; ++i) raw[s][i] = load(rows[i], (step + s) * kLanes);
+        for (int i = 0; i < kRows; ++i) raw[s][i] = load(rows[i], column + s * kLanes);
         PSE_UNROLL
-        for (int s = 0; s < kSteps; ++s) add(raw[s]);
+        for (int s = 0; s < kSteps; ++s) add_part<kRows, T>(part, [&](int i) { return raw[s][i]; }, sum);
     }
-    for (; step < steps; ++step) {
-        T raw[kRows];
-        PSE_UNROLL
-        for (int i = 0; i < kRows; ++i) raw[i] = load(rows[i], step * kLanes);
-        add(raw);
-    }
+    for (; column < piece.count; column += kLanes)
+        add_part<kRows, T>(part, [&](int i) { return T(load(rows[i], column)); }, sum);
+}
+
+template <int kRows, class T>
+PSE_DEVICE void add_rows(const Arrays& a, const Piece& piece, int64_t group, int part, bool straight,
+                         Shared<uint16_t> ring, double* sum) {
+    const int done = straight ? add_lines<kRows, T>(a, piece, group, part, ring, sum) : 0;
+    add_columns<kRows, T>(a, piece, group, part, done, sum);
 }
 
 // join_lanes() for 8 neighbouring threads, a lane each: every one of them gets the result.
@@ -322,33 +414,43 @@ PSE_DEVICE double join_lanes_of_threads(double x) {
 }
 
 template <int kRows>
-PSE_KERNEL(kRegisterThreads, kAnyOccupancy)
+PSE_KERNEL(Ring<kRows>::kThreads, kAnyOccupancy)
 gram_registers(Arrays a) {
     after_earlier_launches();
-    constexpr int kPairs = kRows * (kRows + 1) / 2, kShare = kRegisterThreads / kLanes;
-    const int64_t shares = divide_up(a.blocks, kShare), group = block() / shares, share = block() % shares;
-    const int64_t block_of_columns = share * kShare + thread() / kLanes;
-    const int lane_of_block = thread() % kLanes;
-    double sum[kPairs];
+    using R = Ring<kRows>;
+    PSE_COPIED_SHARED(uint16_t, ring, R::kStages* R::kStage);
+    const int64_t shares = divide_up(a.blocks, R::kShare), group = block() / shares, share = block() % shares;
+    const int64_t block_of_columns = share * R::kShare + lane() / kLanes;
+    const int lane_of_block = thread() % kLanes, part = warp();
+    double sum[R::kSums];
     PSE_UNROLL
-    for (int p = 0; p < kPairs; ++p) sum[p] = 0.0;
-    if (block_of_columns < a.blocks) {
-        const Piece piece = piece_of(a, block_of_columns);
-        switch (piece.dtype) {
-            case DType::f32: add_columns<kRows, float>(a, piece, group, lane_of_block, sum); break;
-            case DType::f64: add_columns<kRows, double>(a, piece, group, lane_of_block, sum); break;
-            case DType::f16: add_columns<kRows, f16_t>(a, piece, group, lane_of_block, sum); break;
-            case DType::bf16: add_columns<kRows, bf16_t>(a, piece, group, lane_of_block, sum); break;
-        }
+    for (int p = 0; p < R::kSums; ++p) sum[p] = 0.0;
+    const bool exists = block_of_columns < a.blocks;
+    Piece piece = {0, 0, 0, 0, a.dtype};
+    int64_t crooked = 0;
+    if (exists) {
+        piece = piece_of(a, block_of_columns);
+        for (int i = 0; i < kRows; ++i) crooked |= row_address(a, piece, group, i);
     }
-    const int64_t partial = (group * a.blocks + block_of_columns) * kPairs;
+    // Lines are copied by the warp together: its blocks of columns must agree.
+    const int dtype = shuffle(int(piece.dtype), 0);
+    const bool agreed = !exists || (crooked % 16 == 0 && int(piece.dtype) == dtype);
+    const bool straight = ballot(agreed) == kAllLanes;
+    switch (exists ? piece.dtype : DType(dtype)) {
+        case DType::f32: add_rows<kRows, float>(a, piece, group, part, straight, ring, sum); break;
+        case DType::f64: add_rows<kRows, double>(a, piece, group, part, straight, ring, sum); break;
+        case DType::f16: add_rows<kRows, f16_t>(a, piece, group, part, straight, ring, sum); break;
+        case DType::bf16: add_rows<kRows, bf16_t>(a, piece, group, part, straight, ring, sum); break;
+    }
+    const int64_t partial = (group * a.blocks + block_of_columns) * R::kPairs;
     PSE_UNROLL
-    for (int p = 0; p < kPairs; ++p) {
+    for (int p = 0; p < R::kSums; ++p) {
         const double joined = join_lanes_of_threads(sum[p]);
-        if (block_of_columns < a.blocks && lane_of_block == p % kLanes) store(a.partials, partial + p, joined);
+        const int pair = part * R::kPairsBefore + p, end = part == 0 ? R::kPairsBefore : R::kPairs;
+        if (exists && pair < end && lane_of_block == p % kLanes) store(a.partials, partial + pair, joined);
     }
-    const int64_t run = share * kShare / kGramRun;
-    join_inline(a, group, run, smaller(kGramRun / kShare, shares - run * (kGramRun / kShare)));
+    const int64_t run = share * R::kShare / kGramRun;
+    join_inline(a, group, run, smaller(kGramRun / R::kShare, shares - run * (kGramRun / R::kShare)));
 }
 
 // ---- 1. gram, tiles of pairs over rows staged in shared memory
@@ -367,64 +469,86 @@ struct TileShape {
     static constexpr int kStride = (kStaged + kStaged / tile) | 1;
     static constexpr int kSlab = columns / kLanes * kStride * kLanes;
     static constexpr int kFetched = kStaged * columns / threads;  // values per thread and slab
+    static_assert(columns % threads == 0 || threads % columns == 0, "a warp fetches from one row");
     static_assert(kStaged * columns % threads == 0, "every thread fetches as many");
     static_assert((kOneSuper ? kSide * (kSide + 1) / 2 : kSide * kSide) * kLanes <= threads,
                   "a thread per tile and lane");
-    static_assert(kSlab * 8 <= 40 << 10, "static shared memory");
+    static_assert(kSlab * 8 <= 42 << 10, "static shared memory, beside the recurrence's");
 };
-using FewBlocks = TileShape<2, 12, 64, 192>;  // short chains: 4 sums a thread
-using FewRows = TileShape<8, 16, 32, 32>;     // 24 of 32 threads, 128 registers of sums; no barrier beyond the warp's
-using ManyRows = TileShape<8, 32, 32, 128>;   // k^2 / 2048 super tiles, each of which reads its rows again (L2)
+// Slabs as long as memory takes to answer: a slab's sums are a chain of columns / 8 steps of 8 to 16 cycles.
+using FewColumns = TileShape<2, 6, 512, 256>;  // 4 sums a thread
+using MoreRows = TileShape<4, 16, 256, 256>;   // 16 sums: half the loads from shared memory per product
+using ManyRows = TileShape<8, 32, 32, 128>;    // k^2 / 2048 super tiles, each of which reads its rows again (L2)
 
 struct Tile {
-    int left, right;  // rows in the slab
+    int left, right;  // where its rows begin in the slab
     bool active;
 };
 
+// Of a column's element in the slab. Rows of one tile are kLanes apart, so a thread adds constants to what it knows of
+// its tile: computed per element, this was more instructions than the sums.
 template <class Shape>
-PSE_DEVICE int64_t slab_index(int row, int column) {
+PSE_HD constexpr int slab_index(int row, int column) {
     return (column / kLanes * Shape::kStride + row + row / Shape::kTile) * kLanes + column % kLanes;
 }
 
-// A thread's values of the slab that begins at `start`; zeros beyond the rows and columns leave every sum as it is.
+// Element u of a thread's share of a slab.
+template <class Shape>
+struct Fetched {
+    static constexpr int kRowsAtOnce = Shape::kThreads > Shape::kColumns ? Shape::kThreads / Shape::kColumns : 1;
+    static constexpr int kOfRow = Shape::kThreads < Shape::kColumns ? Shape::kColumns / Shape::kThreads : 1;
+    static_assert(Shape::kTile % kRowsAtOnce == 0, "a tile begins with one of a thread's elements, or between them");
+    // How many elements of this thread are of the first `rows` rows.
+    PSE_METHOD static int count(int rows) {
+        return (rows - thread() / Shape::kColumns + kRowsAtOnce - 1) / kRowsAtOnce * kOfRow;
+    }
+    PSE_METHOD static int row(int u) { return u * Shape::kThreads / Shape::kColumns + thread() / Shape::kColumns; }
+    PSE_METHOD static int column(int u) { return u * Shape::kThreads % Shape::kColumns + thread() % Shape::kColumns; }
+    PSE_METHOD static int index(int u) {
+        const int first = slab_index<Shape>(0, thread() % Shape::kColumns) + thread() / Shape::kColumns * kLanes;
+        return first + slab_index<Shape>(u * Shape::kThreads / Shape::kColumns, u * Shape::kThreads % Shape::kColumns);
+    }
+};
+
+// A thread's values of the slab that begins at `start`; zeros beyond the columns leave every sum as it is.
 template <class Shape, class T>
-PSE_DEVICE void fetch_slab(Shared<int64_t> addresses, int count, int start, T* raw) {
+PSE_DEVICE void fetch_slab(Shared<int64_t> addresses, int mine, int count, int start, T* raw) {
     PSE_UNROLL
     for (int u = 0; u < Shape::kFetched; ++u) {
-        const int e = thread() + u * Shape::kThreads, column = start + e % Shape::kColumns;
-        const int64_t address = load(addresses, e / Shape::kColumns);
+        const int column = start + Fetched<Shape>::column(u);
         raw[u] = T{};
-        if (address != 0 && column < count) raw[u] = load(global<const T>(address, count), column);
+        if (u < mine && column < count)
+            raw[u] = load(global<const T>(load(addresses, Fetched<Shape>::row(u)), count), column);
     }
 }
 
 template <class Shape, class T>
-PSE_DEVICE void add_tiles(const Piece& piece, Shared<int64_t> addresses, Shared<double> slab, const Tile& tile,
-                          double* sum) {
+PSE_DEVICE void add_tiles(const Piece& piece, Shared<int64_t> addresses, int rows, Shared<double> slab,
+                          const Tile& tile, double* sum) {
     constexpr bool kExact = sizeof(T) < 8;
     constexpr int kTile = Shape::kTile;
-    constexpr bool kAhead = sizeof(T) < 8 || kTile < 8;  // 32 registers of fp64 beside 128 of sums would spill
+    constexpr bool kAhead = sizeof(T) < 8 || kTile < 4;  // the next values would spill beside so many sums
+    const int mine = Fetched<Shape>::count(rows);
     T raw[Shape::kFetched];
-    if (kAhead) fetch_slab<Shape, T>(addresses, piece.count, 0, raw);
+    if (kAhead) fetch_slab<Shape, T>(addresses, mine, piece.count, 0, raw);
     for (int start = 0; start < piece.count; start += Shape::kColumns) {
-        if (!kAhead) fetch_slab<Shape, T>(addresses, piece.count, start, raw);
+        if (!kAhead) fetch_slab<Shape, T>(addresses, mine, piece.count, start, raw);
         PSE_UNROLL
         for (int u = 0; u < Shape::kFetched; ++u) {
-            const int e = thread() + u * Shape::kThreads;
-            store(slab, slab_index<Shape>(e / Shape::kColumns, e % Shape::kColumns), widened(raw[u]));
+            if (u < mine) store(slab, Fetched<Shape>::index(u), widened(raw[u]));
         }
         sync_block();
         // In flight during the sums.
-        if (kAhead) fetch_slab<Shape, T>(addresses, piece.count, start + Shape::kColumns, raw);
+        if (kAhead) fetch_slab<Shape, T>(addresses, mine, piece.count, start + Shape::kColumns, raw);
         const int steps = (smaller(Shape::kColumns, piece.count - start) + kLanes - 1) / kLanes;
         for (int step = 0; step < steps && tile.active; ++step) {
-            const int column = step * kLanes + thread() % kLanes;
+            const int at = step * Shape::kStride * kLanes + thread() % kLanes;
             double x[kTile];
             PSE_UNROLL
-            for (int i = 0; i < kTile; ++i) x[i] = load(slab, slab_index<Shape>(tile.left + i, column));
+            for (int i = 0; i < kTile; ++i) x[i] = load(slab, tile.left + at + i * kLanes);
             PSE_UNROLL
             for (int j = 0; j < kTile; ++j) {
-                const double y = load(slab, slab_index<Shape>(tile.right + j, column));
+                const double y = load(slab, tile.right + at + j * kLanes);
                 PSE_UNROLL
                 for (int i = 0; i < kTile; ++i) sum[i * kTile + j] = add_product<kExact>(sum[i * kTile + j], x[i], y);
             }
@@ -450,12 +574,18 @@ gram_tiles(Arrays a) {
     const int super_right = super - int(pairs_of(super_left));
     const bool diagonal = super_left == super_right;
 
+    // Off the diagonal the right rows come first: there are always kSuper of them.
     const Piece piece = piece_of(a, block_of_columns);
-    for (int r = thread(); r < Shape::kStaged; r += Shape::kThreads) {
-        const bool second = r >= Shape::kSuper;
-        const int row = second ? super_right * Shape::kSuper + r - Shape::kSuper : super_left * Shape::kSuper + r;
-        store(addresses, r, row < k && !(second && diagonal) ? row_address(a, piece, group, row) : int64_t(0));
+    const int first_left = diagonal ? 0 : Shape::kSuper;
+    const int rows = first_left + smaller(Shape::kSuper, k - super_left * Shape::kSuper);
+    for (int r = thread(); r < rows; r += Shape::kThreads) {
+        const int row = r < first_left ? super_right * Shape::kSuper + r : super_left * Shape::kSuper + r - first_left;
+        store(addresses, r, row_address(a, piece, group, row));
     }
+    // The last tile's rows beyond k: their sums are of no use, but they are read.
+    const int padding = (kTile - rows % kTile) % kTile;
+    for (int e = thread(); e < padding * Shape::kColumns; e += Shape::kThreads)
+        store(slab, slab_index<Shape>(rows + e / Shape::kColumns, e % Shape::kColumns), 0.0);
     const int t = thread() / kLanes;
     int tile_left = t / kSide, tile_right = t % kSide;
     bool active = t < kSide * kSide;
@@ -467,7 +597,7 @@ gram_tiles(Arrays a) {
     }
     const int left = super_left * Shape::kSuper + tile_left * kTile;
     const int right = super_right * Shape::kSuper + tile_right * kTile;
-    const Tile tile = {tile_left * kTile, (diagonal ? 0 : Shape::kSuper) + tile_right * kTile,
+    const Tile tile = {slab_index<Shape>(first_left + tile_left * kTile, 0), slab_index<Shape>(tile_right * kTile, 0),
                        active && left < k && right < k};
 
     double sum[kTile * kTile];
@@ -475,10 +605,10 @@ gram_tiles(Arrays a) {
     for (int p = 0; p < kTile * kTile; ++p) sum[p] = 0.0;
     sync_block();
     switch (piece.dtype) {
-        case DType::f32: add_tiles<Shape, float>(piece, addresses, slab, tile, sum); break;
-        case DType::f64: add_tiles<Shape, double>(piece, addresses, slab, tile, sum); break;
-        case DType::f16: add_tiles<Shape, f16_t>(piece, addresses, slab, tile, sum); break;
-        case DType::bf16: add_tiles<Shape, bf16_t>(piece, addresses, slab, tile, sum); break;
+        case DType::f32: add_tiles<Shape, float>(piece, addresses, rows, slab, tile, sum); break;
+        case DType::f64: add_tiles<Shape, double>(piece, addresses, rows, slab, tile, sum); break;
+        case DType::f16: add_tiles<Shape, f16_t>(piece, addresses, rows, slab, tile, sum); break;
+        case DType::bf16: add_tiles<Shape, bf16_t>(piece, addresses, rows, slab, tile, sum); break;
     }
     const int64_t partial = (group * a.blocks + block_of_columns) * a.pairs;
     PSE_UNROLL
@@ -653,8 +783,8 @@ template <int kRows>
 static int launch_registers(const Arrays& a, const Target& target) {
     if constexpr (kRows > 0) {
         if (a.k != kRows) return launch_registers<kRows - 1>(a, target);
-        const int64_t shares = divide_up(a.blocks, kRegisterThreads / kLanes);
-        return launch("gram_registers", target, a.groups * shares, kRegisterThreads, gram_registers<kRows>, a);
+        const int64_t shares = divide_up(a.blocks, Ring<kRows>::kShare);
+        return launch("gram_registers", target, a.groups * shares, Ring<kRows>::kThreads, gram_registers<kRows>, a);
     }
     return 0;
 }
@@ -674,10 +804,10 @@ static int gram_and_recur(const Arrays& a, const Layout& layout, const Projectio
     const bool few = call.path == GramPath::automatic ? a.groups * a.blocks < kFewBlocks : call.path == GramPath::tiles;
     if (a.k <= kRegisterRows && !few)
         error = launch_registers<kRegisterRows>(a, target);
-    else if (a.k <= FewBlocks::kSuper)
-        error = launch_tiles<FewBlocks>(a, target);
-    else if (a.k <= FewRows::kSuper)
-        error = launch_tiles<FewRows>(a, target);
+    else if (a.k <= FewColumns::kSuper)
+        error = launch_tiles<FewColumns>(a, target);
+    else if (a.k <= MoreRows::kSuper)
+        error = launch_tiles<MoreRows>(a, target);
     else
         error = launch_tiles<ManyRows>(a, target);
     if (error != 0 || a.k <= kInline) return error;

@@ -18,7 +18,7 @@ from tests.ops.inputs import DTYPES
 
 PATHS = {"registers": 1, "tiles": 2}  # pse::cuda::GramPath
 # Every register kernel; every shape of tiles, cut and whole, and several super tiles.
-KERNELS = [("registers", k) for k in range(1, 13)] + [("tiles", k) for k in (1, 2, 5, 8, 12, 13, 16, 17, 33)]
+KERNELS = [("registers", k) for k in range(1, 17)] + [("tiles", k) for k in (1, 2, 5, 6, 7, 8, 12, 15, 16, 17, 33)]
 
 
 def gradients(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -40,7 +40,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=PATHS)
 def path(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both kernels for the Gram matrix of up to 12 objectives."""
+    """Both kernels for the Gram matrix of up to 16 objectives."""
     monkeypatch.setattr(_cuda_projection, "gram_path", PATHS[request.param])
     return str(request.param)
 
@@ -98,7 +98,8 @@ def both(on_cuda: OnCuda, grads: Any, **options: Any) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("path", "k"), KERNELS, indirect=["path"])
 def test_every_kernel_gives_the_bits_of_the_cpu(on_cuda, path, k, dtype):
-    for n in (7, 141) if k <= 12 else (37,):
+    """200 columns: rows at multiples of 16 bytes, and whole lines of them with a rest."""
+    for n in (7, 200):
         weights = torch.arange(1, k + 1) % 3 / 2
         both(on_cuda, gradients(2, k, n, dtype=dtype), weights=weights, seed=3, reduction="mean")
 
@@ -113,6 +114,18 @@ def test_borders_of_blocks_give_the_bits_of_the_cpu(on_cuda, path, n, dtype):
 def test_runs_of_blocks_give_the_bits_of_the_cpu(on_cuda, path, blocks):
     """A tensor of a list begins a block, so that many blocks need few columns."""
     both(on_cuda, [[gradients(1 + t % 5, seed=7 * t + i) for t in range(blocks)] for i in range(3)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("k", [1, 5, 12, 13, 16])
+def test_blocks_of_different_lengths_share_a_warp(on_cuda, path, k, dtype):
+    """Five tensors, so that the second warp has one block; some have whole lines to copy, some have none."""
+    both(on_cuda, [[gradients(n, dtype=dtype, seed=n + i) for n in (200, 8, 333, 64, 70)] for i in range(k)])
+
+
+@pytest.mark.parametrize("k", [3, 13])
+def test_columns_that_cannot_be_copied_in_lines(on_cuda, path, k):
+    both(on_cuda, gradients(k, 333))
 
 
 def test_runs_of_full_blocks_give_the_bits_of_the_cpu(on_cuda):

@@ -182,7 +182,8 @@ PSE_DEVICE void recur_inline(const Arrays& a, int64_t group) {
     combine_projected(a, group, weights, squared_norms, elements(projected));
 }
 
-// Many: a block each. Its threads fetch a row of the Gram matrix per step; the dot is one chain by definition.
+// Many: a block each. Its threads fetch a row of the Gram matrix per step, the next one while thread 0 adds: the dot is
+// one chain by definition.
 PSE_KERNEL(kRecurThreads) recur_objective(Arrays a) {
     after_earlier_launches();
     PSE_SHARED(double, weights, kMostObjectives);
@@ -201,12 +202,23 @@ PSE_KERNEL(kRecurThreads) recur_objective(Arrays a) {
     }
     if (thread() == 0) fill_order(a, group, objective, elements(order));
     sync_block();
+    double fetched[kMostObjectives / kRecurThreads] = {};
+    const auto fetch_row = [&](int step) {
+        PSE_UNROLL
+        for (int u = 0; u < kMostObjectives / kRecurThreads; ++u) {
+            const int m = thread() + u * kRecurThreads;
+            if (step < k - 1 && m < k) fetched[u] = load(gram, int64_t(load(order, step)) * k + m);
+        }
+    };
+    fetch_row(0);
     for (int step = 0; step < k - 1 && load(weights, objective) != 0.0; ++step) {
-        const int j = load(order, step);
-        if (load(weights, j) == 0.0 || !(load(squared_norms, j) > 0.0)) continue;
-        for (int m = thread(); m < k; m += kRecurThreads) store(row, m, load(gram, int64_t(j) * k + m));
+        PSE_UNROLL
+        for (int u = 0; u < kMostObjectives / kRecurThreads; ++u)
+            if (thread() + u * kRecurThreads < k) store(row, thread() + u * kRecurThreads, fetched[u]);
         sync_block();
-        if (thread() == 0) {
+        fetch_row(step + 1);
+        const int j = load(order, step);
+        if (thread() == 0 && load(weights, j) != 0.0 && load(squared_norms, j) > 0.0) {
             const double dot = dot_of(elements(coefficients), elements(row), int64_t(k));
             store(coefficients, j, without_conflict(load(coefficients, j), dot, load(squared_norms, j)));
         }
@@ -220,33 +232,34 @@ PSE_KERNEL(kRecurThreads) recur_objective(Arrays a) {
 
 // ---- 2. join
 
-// A column of sums, in order from 0. Sixteen loads at a time wait for memory once.
-PSE_DEVICE double sum_in_order(Global<const double> sums, int64_t first, int64_t count, int64_t stride) {
-    constexpr int kAtOnce = 16;
+// A column of sums, in order from 0. As many loads as half a run has blocks wait for memory once, the last ones too.
+PSE_DEVICE double sum_in_order(Global<const double> sums, int64_t count, int stride) {
+    constexpr int kAtOnce = int(kGramRun) / 2;
     double sum = 0.0;
-    int64_t i = 0;
-    for (; i + kAtOnce <= count; i += kAtOnce) {
+    for (int64_t i = 0; i < count; i += kAtOnce) {
+        const int here = int(smaller(int64_t(kAtOnce), count - i));
+        const Global<const double> from = sums + i * stride;
         double part[kAtOnce];
         PSE_UNROLL
-        for (int u = 0; u < kAtOnce; ++u) part[u] = load(sums, first + (i + u) * stride);
+        for (int u = 0; u < kAtOnce; ++u) part[u] = u < here ? load(from, u * stride) : 0.0;
         PSE_UNROLL
-        for (int u = 0; u < kAtOnce; ++u) sum = add_rn(sum, part[u]);
+        for (int u = 0; u < kAtOnce; ++u)
+            if (u < here) sum = add_rn(sum, part[u]);
     }
-    for (; i < count; ++i) sum = add_rn(sum, load(sums, first + i * stride));
     return sum;
 }
 
 PSE_DEVICE void join_run(const Arrays& a, int64_t group, int64_t run, int64_t pair) {
     const int64_t first = run * kGramRun, count = smaller(kGramRun, a.blocks - first);
     store(a.run_sums, (group * a.runs + run) * a.pairs + pair,
-          sum_in_order(a.partials, (group * a.blocks + first) * a.pairs + pair, count, a.pairs));
+          sum_in_order(a.partials + ((group * a.blocks + first) * a.pairs + pair), count, int(a.pairs)));
 }
 
 PSE_DEVICE void join_runs(const Arrays& a, int64_t group, int64_t pair) {
     int64_t i = 0;
     while (pairs_of(i + 1) <= pair) ++i;
     const int64_t j = pair - pairs_of(i);
-    const double sum = sum_in_order(a.run_sums, group * a.runs * a.pairs + pair, a.runs, a.pairs);
+    const double sum = sum_in_order(a.run_sums + (group * a.runs * a.pairs + pair), a.runs, int(a.pairs));
     store(a.gram, (group * a.k + i) * a.k + j, sum);
     store(a.gram, (group * a.k + j) * a.k + i, sum);
 }

@@ -1,5 +1,6 @@
 """Builds the CUDA kernels for the CPU once, and gives tests their launchers under several schedules."""
 
+import fcntl
 import importlib.util
 import os
 import shutil
@@ -25,7 +26,9 @@ def harness() -> ModuleType:
         pytest.skip("no build tree here: make build")
     cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
     assert cmake is not None
-    built = subprocess.run([cmake, "--build", TREE, "--target", "prosocial_simt"], capture_output=True, text=True)
+    with open(TREE / "prosocial_simt.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two processes of a test run would write ninja's log at once
+        built = subprocess.run([cmake, "--build", TREE, "--target", "prosocial_simt"], capture_output=True, text=True)
     assert built.returncode == 0, built.stdout + built.stderr
     (path,) = TREE.glob("prosocial_simt.*.so")
     spec = importlib.util.spec_from_file_location("prosocial_simt", path)

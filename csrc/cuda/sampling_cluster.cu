@@ -2,8 +2,8 @@
 // Bytes  every logit once, from wherever it is; no scratch. z stays in the blocks' shared memory, 4 bytes per token.
 // Story  1 hold: each block reads its slice of the row and keeps z; the cluster's best key
 //        2 weigh: the slice's masses, and for top-k and top-p its histogram; the cluster's masses and histogram
-//        3 settle: the thresholds' bins, then the keys, by the same search as in sampling.cu, over all of z: a token
-//          outside of the bin costs a subtraction and a comparison, and no list is written
+//        3 settle: the thresholds' bins, then the keys, by the same search as in sampling.cu, over all of z: a group of
+//          which no token reaches the bin costs a maximum, and no list is written
 //        4 draw: every block knows the masses of all, one of them finds the token in its slice
 // Order  as in sampling.cu: all sums are integers, and the decisions are the same functions of them. Every block takes
 //        each decision for itself, from the same numbers: one cluster barrier a step, not two.

@@ -36,6 +36,7 @@ struct Request {
     Logits logits;
     int64_t base_count, guide_count;  // elements from the first to the last that may be read
     int guides;
+    bool usual;  // one guide, all of 16 bits, every row aligned to 16 bytes
     int groups;  // reads of a whole block, per row
     Knobs same;
     Global<const float> knobs;
@@ -50,6 +51,8 @@ struct Request {
 // A row has several blocks, next to each other.
 PSE_DEVICE int64_t row_of(uint32_t blocks_of_row) { return uint32_t(block()) / blocks_of_row; }
 PSE_DEVICE int part_of(uint32_t blocks_of_row) { return int(uint32_t(block()) % blocks_of_row); }
+
+PSE_HD bool is_16_bit(DType dtype) { return dtype == DType::bf16 || dtype == DType::f16; }
 
 // ---- over a block
 
@@ -267,8 +270,6 @@ PSE_DEVICE Packed read_as(const void* data, int64_t count, int64_t at, int64_t l
     return packed;
 }
 
-PSE_DEVICE bool is_16_bit(DType dtype) { return dtype == DType::bf16 || dtype == DType::f16; }
-
 // The dtype is a branch per read, not a template: 16 pairs of dtypes are one kernel.
 PSE_DEVICE Packed read_logits(const void* data, DType dtype, int64_t count, int64_t at, int64_t left) {
     if (is_16_bit(dtype))
@@ -317,14 +318,9 @@ PSE_DEVICE Group exact_group(const Request& a, int64_t row, int64_t first) {
     return unpack(z, dtype);
 }
 
-// The usual row is read in half of the instructions: one guide, all of 16 bits and aligned. Its guidance, or 0.
-PSE_DEVICE float usual_guidance(const Request& a, int64_t row) {
-    const Logits& l = a.logits;
-    const bool usual = a.guides == 1 && is_16_bit(l.base_dtype) && is_16_bit(l.guide_dtype) &&
-                       is_aligned(global<const uint16_t>(l.base, a.base_count), row * l.base_stride, 16) &&
-                       is_aligned(global<const uint16_t>(l.guide, a.guide_count), row * l.guide_row_stride, 16);
-    return usual ? guidance_of(a, row, 0) : 0.0f;
-}
+// The guidance of usual rows, or 0: those are read in half of the instructions.
+PSE_DEVICE float usual_guidance(const Request& a, int64_t row) { return a.usual ? guidance_of(a, row, 0) : 0.0f; }
+
 PSE_DEVICE Packed read_16_bit(const void* data, int64_t count, int64_t at) {
     const auto vector = load_vector<kGroup>(global<const uint16_t>(data, count), at);
     Packed packed;
@@ -621,6 +617,11 @@ inline Request request_of(const Logits& l, const float* knobs, int64_t first_gui
     a.base_count = (l.rows - 1) * l.base_stride + l.vocab;
     if (l.guides > 0) a.guide_count = (l.guides - 1) * l.guide_stride + (l.rows - 1) * l.guide_row_stride + l.vocab;
     a.guides = int(l.guides);
+    const auto aligned = [&](const void* data, int64_t row_stride) {
+        return reinterpret_cast<uintptr_t>(data) % 16 == 0 && (row_stride % kGroup == 0 || l.rows == 1);
+    };
+    a.usual = a.guides == 1 && is_16_bit(l.base_dtype) && is_16_bit(l.guide_dtype) && aligned(l.base, l.base_stride) &&
+              aligned(l.guide, l.guide_row_stride);
     a.groups = int(ceil_div(l.vocab, threads * kGroup));
     a.width = first_guidance + l.guides;
     a.first_guidance = first_guidance;

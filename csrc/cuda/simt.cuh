@@ -84,7 +84,7 @@ PSE_DEVICE int thread() { return int(threadIdx.x); }
 PSE_DEVICE int threads() { return int(blockDim.x); }
 PSE_DEVICE int64_t block() { return int64_t(blockIdx.x); }
 PSE_DEVICE int64_t blocks() { return int64_t(gridDim.x); }
-PSE_DEVICE int lane() { return int(threadIdx.x % kWarp); }
+PSE_DEVICE int lane() { return int(threadIdx.x) % kWarp; }
 PSE_DEVICE int warp() { return int(threadIdx.x / kWarp); }
 
 // ---- barriers and collectives: every thread of the block, or every lane of the mask, takes part at the same place

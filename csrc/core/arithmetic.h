@@ -26,6 +26,15 @@ PSE_HD double mul_rn(double a, double b) { return a * b; }
 PSE_HD double div_rn(double a, double b) { return a / b; }
 #endif
 
+// The larger of x and a number; the number where x is NaN.
+PSE_HD float max_number(float x, float number) {
+#ifdef __CUDA_ARCH__
+    return fmaxf(x, number);
+#else
+    return x > number ? x : number;
+#endif
+}
+
 // Reinterpretation of bits; the memcpy is a register move.
 PSE_HD uint32_t float_bits(float x) {
     uint32_t bits;

@@ -23,6 +23,7 @@ PSE_HD float guided_away(float z, float g, float w) {
 
 PSE_HD float guided(float z, float g, float w) { return w > 0.0f ? guided_toward(z, g, w) : guided_away(z, g, w); }
 
+PSE_HD bool is_nan(float x) { return x != x; }
 PSE_HD bool finite_number(float x) { return (float_bits(x) & 0x7fffffffu) < 0x7f800000u; }
 
 PSE_HD bool valid_parameters(float temperature, float top_p, float min_p, int64_t top_k, int64_t seed, int64_t offset) {

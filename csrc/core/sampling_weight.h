@@ -25,20 +25,24 @@ PSE_HD float inverse_temperature(float temperature) {
     return c > kLargest ? kLargest : c;
 }
 
-// log2 of the weight: (z - best) first, since the other order costs 1e-4 at temperature 0.01.
-PSE_HD float exponent_of(float z, float best, float c) {
-    const float y = mul_rn(sub_rn(z, best), c);
-    return y < -60.0f ? -60.0f : y;
-}
+// log2 of the weight: (z - best) first, since the other order costs 1e-4 at temperature 0.01. NaN weighs nothing.
+PSE_HD float exponent_of(float z, float best, float c) { return max_number(mul_rn(sub_rn(z, best), c), -60.0f); }
+
+// Where floats are converted to 64-bit integers fast: AVX512DQ, and GPUs with fp64 units in number (16 conversions a
+// cycle and multiprocessor; others have 2).
+#if defined(__AVX512DQ__)
+constexpr bool kConvertsTo64Bits = true;
+#elif defined(__CUDA_ARCH__)
+constexpr bool kConvertsTo64Bits = __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900 || __CUDA_ARCH__ == 1000;
+#else
+constexpr bool kConvertsTo64Bits = false;
+#endif
 
 // floor(2^y * 2^40) up to the polynomial's rounding. Two forms of one integer: the polynomial is exact when scaled by a
 // power of two, and bits(y + 1.5 * 2^23) ends in n, so that n needs no conversion.
 PSE_HD uint64_t weight_of_exponent(float y) {
-#if defined(__AVX512DQ__)
-    constexpr float kScale = 1099511627776.0f;  // 2^40: the float is scaled by 2^n and converted to 64 bits at once
-#else
-    constexpr float kScale = 536870912.0f;  // 2^29: 30 bits, shifted into place
-#endif
+    constexpr float kScale = kConvertsTo64Bits ? 1099511627776.0f  // 2^40: scaled by 2^n, then converted to 64 bits
+                                               : 536870912.0f;     // 2^29: converted to 30 bits, then shifted
     const float shifted = add_rn(y, 12582912.0f);
     const float f = sub_rn(y, sub_rn(shifted, 12582912.0f));  // y - n, in [-1/2, 1/2]
     float p = 0.0013274633092805743f * kScale;
@@ -47,11 +51,8 @@ PSE_HD uint64_t weight_of_exponent(float y) {
     p = add_rn(mul_rn(p, f), 0.24022234976291656f * kScale);
     p = add_rn(mul_rn(p, f), 0.6931470632553101f * kScale);
     p = add_rn(mul_rn(p, f), kScale);
-#if defined(__AVX512DQ__)
-    return uint64_t(int64_t(bits_float(float_bits(p) + (float_bits(shifted) << 23))));
-#else
+    if (kConvertsTo64Bits) return uint64_t(int64_t(bits_float(float_bits(p) + (float_bits(shifted) << 23))));
     return (uint64_t(uint32_t(int32_t(p))) << 11) >> (0x4b400000u - float_bits(shifted));
-#endif
 }
 
 PSE_HD uint64_t weight_of(float z, float best, float c) { return weight_of_exponent(exponent_of(z, best, c)); }

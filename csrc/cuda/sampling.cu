@@ -50,11 +50,11 @@ struct Job : Request {
 // A chunk is kGroups reads of a block, one after the other: more blocks at a time hide the latency, where more
 // registers a thread would not. Those count that begin within the vocabulary.
 template <int kGroups>
-PSE_DEVICE int64_t first_group(int64_t chunk) {
+PSE_DEVICE int first_group(int chunk) {
     return chunk * kGroups;
 }
 template <int kGroups>
-PSE_DEVICE int64_t end_group(const Job& a, int64_t chunk) {
+PSE_DEVICE int end_group(const Job& a, int chunk) {
     return Smaller()((chunk + 1) * kGroups, a.groups);
 }
 
@@ -76,68 +76,64 @@ PSE_DEVICE void clear_row(const Job& a, int64_t row) {
 }
 
 template <int kThreads, int kGroups>
-PSE_KERNEL(kThreads)
+PSE_KERNEL(kThreads, kResident<kThreads>)
 sampling_combine(Job a) {
     after_earlier_launches();
-    const int64_t row = uint32_t(block()) / a.chunks, chunk = uint32_t(block()) % a.chunks;
+    const int64_t row = row_of(a.chunks);
+    const int chunk = part_of(a.chunks);
     if (chunk == 0) clear_row<kThreads>(a, row);
-    int32_t best = INT32_MIN, worst = INT32_MAX;
-    for (int64_t group = first_group<kGroups>(chunk); group < end_group<kGroups>(a, chunk); ++group) {
-        const Group tokens = combined(a, row, first_token<kThreads>(group));
-        PSE_UNROLL
-        for (int i = 0; i < kGroup; ++i) {
-            const int32_t key = key_of(tokens.z[i]);
-            best = Larger()(best, key);
-            worst = Smaller()(worst, key);
-        }
-    }
-    // Keys order NaNs outside of [-inf, +inf]: a comparison of floats would drop them.
-    best = block_reduce<kThreads>(worst < kKeyOfMinusInfinity ? INT32_MAX : best, Larger());
-    if (thread() == 0) store(a.best, row * a.chunks + chunk, best);
+    Best best(a, row);
+    for (int group = first_group<kGroups>(chunk); group < end_group<kGroups>(a, chunk); ++group)
+        best.take(a, row, first_token<kThreads>(group));
+    const int32_t key = block_reduce<kThreads>(best.key(), Larger());
+    if (thread() == 0) store(a.best, row * a.chunks + chunk, key);
 }
 
 // ---- 4. draw: what ends launch 2 or launch 3
 
 // What find_in_chunk() needs beside the row's parameters. chunk < 0: there is nothing to find now.
 struct Drawn {
-    int64_t chunk;
-    uint64_t threshold, mass;
+    int chunk;
+    uint64_t threshold;
 };
 
 // By the last block of a row, when the kept masses of its chunks are there.
 template <int kThreads>
-PSE_DEVICE Drawn draw(const Job& a, int64_t row, const Row& r, uint64_t mass) {
+PSE_DEVICE Drawn draw(const Job& a, int64_t row, const Row& r) {
     const int64_t first = row * a.chunks;
     const uint64_t kept_mass = sum_of<kThreads>(int(a.chunks), [&](int i) { return load(a.kept, first + i); });
     const uint64_t threshold = mulhi64(word_of(a, row, r), kept_mass);
     const Reached<uint64_t> reached =
         first_reaching<kThreads>(int(a.chunks), threshold + 1, [&](int i) { return load(a.kept, first + i); });
-    return {reached.index, threshold - reached.before, mass};
+    return {reached.index, threshold - reached.before};
 }
+
+// Loaded where it is needed: kept over the draw it would cost registers.
+PSE_DEVICE uint64_t mass_of(const Job& a, int64_t row) { return load(a.state, row * kState + kMass); }
 
 template <int kThreads, int kGroups>
 PSE_DEVICE void find_in_chunk(const Job& a, int64_t row, const Scale& s, const Kept& kept, const Drawn& drawn) {
-    find_token<kThreads>(a, row, s, kept, drawn.threshold, drawn.mass, first_group<kGroups>(drawn.chunk),
-                         end_group<kGroups>(a, drawn.chunk),
-                         [&](int64_t group) { return combined(a, row, first_token<kThreads>(group)); });
+    const float w = usual_guidance(a, row);
+    find_token<kThreads>(
+        a, row, s, kept, drawn.threshold, [&] { return mass_of(a, row); }, first_group<kGroups>(drawn.chunk),
+        end_group<kGroups>(a, drawn.chunk),
+        [&](int group) { return read_group(a, row, first_token<kThreads>(group), w); });
 }
 
 // ---- 2. weigh
 
-struct Best {
-    int32_t key;
-    int64_t chunk;  // the first that has it
-};
-
-template <int kThreads>
-PSE_DEVICE Best row_best(const Job& a, int64_t row) {
-    uint64_t best = 0;  // the key as an unsigned number of the same order, then the complement of the chunk
-    for (uint32_t i = uint32_t(thread()); i < a.chunks; i += kThreads) {
-        const uint32_t key = uint32_t(load(a.best, row * a.chunks + i)) ^ 0x80000000u;
-        best = Larger()(best, (uint64_t(key) << 32) | ~i);
-    }
-    best = block_reduce<kThreads>(best, Larger());
-    return {int32_t(uint32_t(best >> 32) ^ 0x80000000u), int64_t(~uint32_t(best))};
+// Every warp finds these for itself, which saves barriers: a row has few chunks.
+PSE_DEVICE int32_t row_best(const Job& a, int64_t row) {
+    int32_t best = INT32_MIN;
+    for (uint32_t i = uint32_t(lane()); i < a.chunks; i += kWarp)
+        best = Larger()(best, load(a.best, row * a.chunks + i));
+    return warp_reduce(best, Larger());
+}
+PSE_DEVICE int first_chunk_of(const Job& a, int64_t row, int32_t best) {
+    uint32_t first = a.chunks;
+    for (uint32_t i = uint32_t(lane()); i < a.chunks; i += kWarp)
+        if (load(a.best, row * a.chunks + i) == best) first = Smaller()(first, i);
+    return int(warp_reduce(first, Smaller()));
 }
 
 PSE_HD uint64_t pack_bins(const Search& search) {
@@ -146,10 +142,10 @@ PSE_HD uint64_t pack_bins(const Search& search) {
 
 // By the last block of a row with filters: leaves for launch 3 what it needs. False where the filters keep all.
 template <int kThreads>
-PSE_DEVICE bool leave_search(const Job& a, int64_t row, const Row& r, const Scale& s, uint64_t mass) {
+PSE_DEVICE bool leave_search(const Job& a, int64_t row, const Row& r, int32_t best) {
     const int64_t first = row * kBins;
     const Search search = find_bins<kThreads>(
-        r, mass, [&](int i) { return load(a.bin_count, first + i); },
+        r, [&] { return mass_of(a, row); }, [&](int i) { return load(a.bin_count, first + i); },
         [&](int i) { return load(a.bin_mass, first + i); });
     if (search.keeps_all()) return false;
     if (thread() == 0) {
@@ -157,8 +153,7 @@ PSE_DEVICE bool leave_search(const Job& a, int64_t row, const Row& r, const Scal
         store(a.state, row * kState + kRank, search.rank);
         store(a.state, row * kState + kAboveTopK, search.above_top_k);
         store(a.state, row * kState + kAboveTopP, search.above_top_p);
-        store(a.state, row * kState + kMass, mass);
-        store(a.state, row * kState + kBest, uint64_t(uint32_t(s.best_key)));
+        store(a.state, row * kState + kBest, uint64_t(uint32_t(best)));
     }
     return true;
 }
@@ -173,7 +168,7 @@ PSE_DEVICE Search take_search(const Job& a, int64_t row) {
 
 // Masses of a chunk, and its part of the row's histogram: how many tokens a bin has, what they weigh.
 template <int kThreads, int kGroups, bool kFilters>
-PSE_DEVICE void weigh_chunk(const Job& a, int64_t row, int64_t chunk, const Scale& s, uint64_t floor, bool count,
+PSE_DEVICE void weigh_chunk(const Job& a, int64_t row, int chunk, const Scale& s, uint64_t floor, bool count,
                             bool weigh) {
     PSE_SHARED(uint32_t, counts, kFilters ? kBins : 1);
     PSE_SHARED(uint32_t, low, kFilters ? kBins : 1);
@@ -181,7 +176,7 @@ PSE_DEVICE void weigh_chunk(const Job& a, int64_t row, int64_t chunk, const Scal
     PSE_SHARED(uint32_t, full, 1);
     const Histogram<kThreads> histogram = {counts, low, high, full, count, weigh};
     const bool counted = kFilters && (count || weigh);
-    uint64_t mass = 0, kept = 0;
+    Weighing<kThreads> weighing = {s, floor, histogram, kFilters};
     // A chunk that weighs nothing is not read again: most of a row at a low temperature.
     if (s.bin(float_of_key(load(a.best, row * a.chunks + chunk))) < kBins) {
         if (counted) {
@@ -189,17 +184,9 @@ PSE_DEVICE void weigh_chunk(const Job& a, int64_t row, int64_t chunk, const Scal
             histogram.clear_masses();
             sync_block();
         }
-        for (int64_t group = first_group<kGroups>(chunk); group < end_group<kGroups>(a, chunk); ++group) {
-            const Group tokens = combined(a, row, first_token<kThreads>(group));
-            PSE_UNROLL
-            for (int i = 0; i < kGroup; ++i) {
-                const float exponent = s.exponent(tokens.z[i]);
-                const uint64_t weight = weight_of_exponent(exponent);
-                mass += weight;
-                kept += weight >= floor ? weight : 0;
-                if (counted) histogram.add(exponent, weight);
-            }
-        }
+        const float w = usual_guidance(a, row);
+        for (int group = first_group<kGroups>(chunk); group < end_group<kGroups>(a, chunk); ++group)
+            weighing.take(read_group(a, row, first_token<kThreads>(group), w));
         if (counted) {
             sync_block();
             for (int i = thread(); i < kBins; i += kThreads) {
@@ -210,49 +197,54 @@ PSE_DEVICE void weigh_chunk(const Job& a, int64_t row, int64_t chunk, const Scal
             }
         }
     }
-    mass = block_reduce<kThreads>(mass, Sum());
-    kept = block_reduce<kThreads>(kept, Sum());
+    const Masses masses = weighing.masses();
     if (thread() == 0) {
-        store(a.mass, row * a.chunks + chunk, mass);
-        store(a.kept, row * a.chunks + chunk, kept);
+        store(a.mass, row * a.chunks + chunk, masses.all);
+        store(a.kept, row * a.chunks + chunk, masses.kept);
     }
 }
 
 template <int kThreads, int kGroups, bool kFilters>
-PSE_KERNEL(kThreads, kResident / kThreads)
+PSE_KERNEL(kThreads, kResident<kThreads>)
 sampling_weigh(Job a) {
     after_earlier_launches();
-    const int64_t row = uint32_t(block()) / a.chunks, chunk = uint32_t(block()) % a.chunks;
-    const Best best = row_best<kThreads>(a, row);
+    const int64_t row = row_of(a.chunks);
+    const int chunk = part_of(a.chunks);
     bool greedy;
     {
+        const int32_t best = row_best(a, row);
         const Row r = read_row(a, row);
-        if (!r.good || best.key >= kKeyOfInfinity || best.key <= kKeyOfMinusInfinity) return;
+        if (!r.good || best >= kKeyOfInfinity || best <= kKeyOfMinusInfinity) return;
         greedy = r.greedy;
-        if (!greedy || a.logprobs != nullptr)
-            weigh_chunk<kThreads, kGroups, kFilters>(a, row, chunk, scale_of(best.key, r.c), r.floor, r.by_rank,
-                                                     r.by_mass);
+        if (greedy && a.logprobs == nullptr) {  // needs no masses
+            if (chunk != first_chunk_of(a, row, best)) return;
+        } else {
+            weigh_chunk<kThreads, kGroups, kFilters>(a, row, chunk, scale_of(best, r.c), r.floor, r.by_rank, r.by_mass);
+        }
     }
-    // Greedy: the first of the best is the first at which their running sum exceeds 0. Alone it needs no masses.
-    Drawn drawn = {best.chunk, 0, 0};
-    if (greedy && a.logprobs == nullptr) {
-        if (chunk != best.chunk) return;
-    } else {
+    if (!greedy || a.logprobs != nullptr) {
         if (!last_block(a.tickets, row * 2, a.chunks)) return;
-        drawn.mass = sum_of<kThreads>(int(a.chunks), [&](int i) { return load(a.mass, row * a.chunks + i); });
+        const uint64_t mass = sum_of<kThreads>(int(a.chunks), [&](int i) { return load(a.mass, row * a.chunks + i); });
+        if (thread() == 0) store(a.state, row * kState + kMass, mass);
+        sync_block();
     }
+    const int32_t best = row_best(a, row);  // again, as the row's parameters: keeping them would cost registers
     if (a.tokens == nullptr) {
         if (thread() == 0) {
-            store(a.state, row * kState + kSearch, double_bits(log_mass(drawn.mass)));
-            store(a.state, row * kState + kBest, (uint64_t(1) << 32) | uint32_t(best.key));
+            store(a.state, row * kState + kSearch, double_bits(log_mass(mass_of(a, row))));
+            store(a.state, row * kState + kBest, (uint64_t(1) << 32) | uint32_t(best));
         }
         return;
     }
-    const Row r = read_row(a, row);  // again: keeping it would cost registers
-    const Scale s = scale_of(best.key, r.c);
-    if (kFilters && (r.by_rank || r.by_mass) && leave_search<kThreads>(a, row, r, s, drawn.mass)) return;
-    if (!greedy) drawn = draw<kThreads>(a, row, r, drawn.mass);
-    find_in_chunk<kThreads, kGroups>(a, row, s, {greedy ? best.key : kKeyOfMinusInfinity, r.floor}, drawn);
+    if (kFilters) {
+        const Row r = read_row(a, row);
+        if ((r.by_rank || r.by_mass) && leave_search<kThreads>(a, row, r, best)) return;
+    }
+    const Row r = read_row(a, row);
+    // Greedy: the first of the best is the first at which their running sum exceeds 0.
+    const Drawn drawn = greedy ? Drawn{first_chunk_of(a, row, best), 0} : draw<kThreads>(a, row, r);
+    find_in_chunk<kThreads, kGroups>(a, row, scale_of(best, r.c), {greedy ? best : kKeyOfMinusInfinity, r.floor},
+                                     drawn);
 }
 
 // ---- 3. settle
@@ -313,22 +305,23 @@ struct Listed {
 
 // Lists the chunk's keys in the bins that are searched, and sums up what is surely kept.
 template <int kThreads, int kGroups>
-PSE_DEVICE void list_chunk(const Job& a, int64_t row, int64_t chunk, const Search& search, const Scale& s,
-                           uint64_t floor) {
+PSE_DEVICE void list_chunk(const Job& a, int64_t row, int chunk, const Search& search, const Scale& s, uint64_t floor) {
     PSE_SHARED(uint32_t, piece, 1);
     uint64_t kept = 0;
     uint32_t count = 0, start = 0;
     if (s.bin(float_of_key(load(a.best, row * a.chunks + chunk))) <= search.last()) {
-        const int64_t first = first_group<kGroups>(chunk), end = end_group<kGroups>(a, chunk);
+        const int first = first_group<kGroups>(chunk), end = end_group<kGroups>(a, chunk);
+        const float w = usual_guidance(a, row);
         uint32_t listed = 0;  // a bit per token of this thread, the first group's in the lowest
-        for (int64_t group = first; group < end; ++group) {
-            const Group tokens = combined(a, row, first_token<kThreads>(group));
+        for (int group = first; group < end; ++group) {
+            const Group tokens = read_group(a, row, first_token<kThreads>(group), w);
+            if (s.bin(best_of(tokens)) > search.last()) continue;  // nearly all
             PSE_UNROLL
             for (int i = 0; i < kGroup; ++i) {
                 const float exponent = s.exponent(tokens.z[i]);
                 const uint64_t weight = weight_of_exponent(exponent);
                 kept += bin_of(exponent) < search.low && weight >= floor ? weight : 0;
-                listed |= uint32_t(search.holds(bin_of(exponent))) << (int(group - first) * kGroup + i);
+                listed |= uint32_t(search.holds(bin_of(exponent))) << ((group - first) * kGroup + i);
             }
         }
         kept = block_reduce<kThreads>(kept, Sum());
@@ -340,12 +333,12 @@ PSE_DEVICE void list_chunk(const Job& a, int64_t row, int64_t chunk, const Searc
             start = load(piece, 0);
             int64_t to = row * a.logits.vocab + start + prefix.before;
             // Read again where something is listed: keeping z would cost registers in every thread.
-            for (int64_t group = first; listed != 0; ++group, listed >>= kGroup) {
+            for (int group = first; listed != 0; ++group, listed >>= kGroup) {
                 if ((listed & ((1u << kGroup) - 1)) == 0) continue;
-                const Group tokens = combined(a, row, first_token<kThreads>(group));
+                const Group tokens = read_group(a, row, first_token<kThreads>(group), w);
                 PSE_UNROLL
                 for (int i = 0; i < kGroup; ++i)
-                    if ((listed >> i) & 1u) store(a.list, to++, key_of(tokens.z[i]));
+                    if ((listed >> i) & 1u) store(a.list, to++, key_of_token(tokens.z[i]));
             }
         }
     }
@@ -357,10 +350,11 @@ PSE_DEVICE void list_chunk(const Job& a, int64_t row, int64_t chunk, const Searc
 }
 
 template <int kThreads, int kGroups>
-PSE_KERNEL(kThreads, kResident / kThreads)
+PSE_KERNEL(kThreads, kResident<kThreads>)
 sampling_settle(Job a) {
     after_earlier_launches();
-    const int64_t row = uint32_t(block()) / a.chunks, chunk = uint32_t(block()) % a.chunks;
+    const int64_t row = row_of(a.chunks);
+    const int chunk = part_of(a.chunks);
     if (load(a.state, row * kState + kSearch) == 0) return;  // the row is bad, or its token is drawn
     const Search search = take_search(a, row);
     const int32_t best_key = int32_t(uint32_t(load(a.state, row * kState + kBest)));
@@ -372,10 +366,9 @@ sampling_settle(Job a) {
 
     const Row r = read_row(a, row);  // again: keeping it would cost registers
     const Scale s = scale_of(best_key, r.c);
-    const uint64_t mass = load(a.state, row * kState + kMass);
     const Listed<kThreads> listed = {a.list + row * a.logits.vocab, int64_t(load(a.list_end, row)), s};
-    const int32_t key =
-        settle_key<kThreads>(r, search, mass, listed, [&](int i) { return load(a.bin_mass, row * kBins + i); });
+    const int32_t key = settle_key<kThreads>(
+        r, search, [&] { return mass_of(a, row); }, listed, [&](int i) { return load(a.bin_mass, row * kBins + i); });
     const Kept chosen = {key, r.floor};
     for (uint32_t c = uint32_t(warp()); c < a.chunks; c += kThreads / kWarp) {
         const int64_t at = row * a.chunks + c;
@@ -387,28 +380,31 @@ sampling_settle(Job a) {
         if (lane() == 0 && more > 0) store(a.kept, at, load(a.kept, at) + more);
     }
     sync_block();
-    const Drawn drawn = draw<kThreads>(a, row, r, mass);
+    const Drawn drawn = draw<kThreads>(a, row, r);
     find_in_chunk<kThreads, kGroups>(a, row, s, chosen, drawn);
 }
 
 // ---- log-probs of whole rows: fp64 per token, since the definition divides there
 
 template <int kThreads, int kGroups>
-PSE_KERNEL(kThreads, kResident / kThreads)
+PSE_KERNEL(kThreads, kResident<kThreads>)
 sampling_logprobs(Job a, uint32_t column_chunks) {
     after_earlier_launches();
-    const int64_t row = uint32_t(block()) / column_chunks, chunk = uint32_t(block()) % column_chunks;
+    const int64_t row = row_of(column_chunks);
+    const int chunk = part_of(column_chunks);
     const uint64_t best = load(a.state, row * kState + kBest);
     const double log_mass_of_row = bits_double(load(a.state, row * kState + kSearch));
     const double temperature = double(load(a.knobs, row * a.width));
+    const float w = usual_guidance(a, row);
     const double best_z = double(float_of_key(int32_t(uint32_t(best))));
-    for (int64_t group = first_group<kGroups>(chunk); group < first_group<kGroups>(chunk + 1); ++group) {
+    for (int group = first_group<kGroups>(chunk); group < first_group<kGroups>(chunk + 1); ++group) {
         const int64_t first = first_token<kThreads>(group);
         Group tokens = {};
-        if (best != 0) tokens = combined(a, row, first);
+        if (best != 0) tokens = read_group(a, row, first, w);
         PSE_UNROLL
         for (int i = 0; i < kGroup; ++i) {
-            const double below = sub_rn(double(tokens.z[i]), best_z);
+            const float z = add_rn(max_number(tokens.z[i], kMinusInfinity), 0.0f);  // -0 would give a log-prob of -0
+            const double below = sub_rn(double(z), best_z);
             const float value = log_probability(below, temperature, log_mass_of_row);
             if (first + i < a.columns)
                 store(a.out, row * a.columns + first + i, best != 0 ? value : bits_float(0x7fc00000u));

@@ -2,8 +2,8 @@
 // Bytes  every logit once, from wherever it is; no scratch. z stays in the blocks' shared memory, 4 bytes per token.
 // Story  1 hold: each block reads its slice of the row and keeps z; the cluster's best key
 //        2 weigh: the slice's masses, and for top-k and top-p its histogram; the cluster's masses and histogram
-//        3 settle: the thresholds' bins, then the keys, by the same search as in sampling.cu, over all of z: a token
-//          outside of the bin costs a subtraction and a comparison, and no list is written
+//        3 settle: the thresholds' bins, then the keys, by the same search as in sampling.cu, over all of z: a group of
+//          which no token reaches the bin costs a maximum, and no list is written
 //        4 draw: every block knows the masses of all, one of them finds the token in its slice
 // Order  as in sampling.cu: all sums are integers, and the decisions are the same functions of them. Every block takes
 //        each decision for itself, from the same numbers: one cluster barrier a step, not two.
@@ -70,7 +70,7 @@ struct Slice {
     PSE_METHOD int place(int group, int i) const { return ((group - first) * kGroup + i) * kThreads + thread(); }
     PSE_METHOD void keep(int group, const Group& tokens) const {
         PSE_UNROLL
-        for (int i = 0; i < kGroup; ++i) store(z, place(group, i), tokens.z[i]);
+        for (int i = 0; i < kGroup; ++i) store(z, place(group, i), add_rn(tokens.z[i], 0.0f));  // -0 is +0
     }
     PSE_METHOD Group read(int group) const {
         Group tokens;
@@ -78,11 +78,12 @@ struct Slice {
         for (int i = 0; i < kGroup; ++i) tokens.z[i] = load(z, place(group, i));
         return tokens;
     }
-    // f(z) for every token of this thread.
-    template <class F>
-    PSE_METHOD void each(const F& f) const {
+    // f(z) for the tokens of this thread, but for groups whose best does not reach what the caller looks for.
+    template <class Reaches, class F>
+    PSE_METHOD void each(const Reaches& reaches, const F& f) const {
         for (int group = first; group < end; ++group) {
             const Group tokens = read(group);
+            if (!reaches(best_of(tokens))) continue;  // nearly all
             PSE_UNROLL
             for (int i = 0; i < kGroup; ++i) f(tokens.z[i]);
         }
@@ -94,24 +95,13 @@ struct Slice {
 // The block's best key; a bad value is a key above infinity.
 template <int kThreads>
 PSE_DEVICE int32_t hold_slice(const Request& a, int64_t row, const Slice<kThreads>& slice) {
-    int32_t best = kKeyOfMinusInfinity, worst = INT32_MAX;
-    for (int group = slice.first; group < slice.end; ++group) {
-        const Group tokens = combined(a, row, first_token<kThreads>(group));
-        slice.keep(group, tokens);
-        PSE_UNROLL
-        for (int i = 0; i < kGroup; ++i) {
-            best = Larger()(best, key_of(tokens.z[i]));
-            worst = Smaller()(worst, key_of(tokens.z[i]));
-        }
-    }
-    return block_reduce<kThreads>(worst < kKeyOfMinusInfinity ? INT32_MAX : best, Larger());
+    Best best(a, row);
+    for (int group = slice.first; group < slice.end; ++group)
+        slice.keep(group, best.take(a, row, first_token<kThreads>(group)));
+    return block_reduce<kThreads>(best.key(), Larger());
 }
 
 // ---- 2. weigh
-
-struct Masses {
-    uint64_t all, kept;
-};
 
 // The slice's masses and, summed up in `bin_mass` and `histogram.counts`, its histogram.
 template <int kThreads>
@@ -124,24 +114,16 @@ PSE_DEVICE Masses weigh_slice(const Slice<kThreads>& slice, const Scale& s, uint
         for (int i = thread(); i < kBins; i += kThreads) store(bin_mass, i, uint64_t(0));
         sync_block();
     }
-    uint64_t mass = 0, kept = 0;
+    Weighing<kThreads> weighing = {s, floor, histogram, counted};
     for (int group = slice.first; group < slice.end; ++group) {
-        const Group tokens = slice.read(group);
-        PSE_UNROLL
-        for (int i = 0; i < kGroup; ++i) {
-            const float exponent = s.exponent(tokens.z[i]);
-            const uint64_t weight = weight_of_exponent(exponent);
-            mass += weight;
-            kept += weight >= floor ? weight : 0;
-            if (counted) histogram.add(exponent, weight);
-        }
+        weighing.take(slice.read(group));
         if (!histogram.weigh) continue;
         sync_block();  // a group is as much as the histogram holds
         for (int i = thread(); i < kBins; i += kThreads) store(bin_mass, i, load(bin_mass, i) + histogram.mass(i));
         histogram.clear_masses();
         sync_block();
     }
-    return {block_reduce<kThreads>(mass, Sum()), block_reduce<kThreads>(kept, Sum())};
+    return weighing.masses();
 }
 
 // all[i] = the sum of own[i] over the blocks.
@@ -174,11 +156,12 @@ struct Held {
     template <bool kByMass>
     PSE_METHOD int32_t select(int bin, uint64_t target) {
         uint32_t nearest = UINT32_MAX, farthest = 0;
-        slice.each([&](float z) {
-            if (s.bin(z) != bin) return;
-            nearest = Smaller()(nearest, below_best(z));
-            farthest = Larger()(farthest, below_best(z));
-        });
+        slice.each([&](float best) { return s.bin(best) <= bin; },
+                   [&](float z) {
+                       if (s.bin(z) != bin) return;
+                       nearest = Smaller()(nearest, below_best(z));
+                       farthest = Larger()(farthest, below_best(z));
+                   });
         nearest = block_reduce<kThreads>(nearest, Smaller());
         farthest = block_reduce<kThreads>(farthest, Larger());
         const auto note = exchange.tell(~nearest, farthest);  // 0 is no bound, of a slice without such a key
@@ -189,17 +172,18 @@ struct Held {
             store(middle, thread(), 0u);
             store(high, thread(), 0u);
             sync_block();
-            slice.each([&](float z) {
-                const uint32_t distance = below_best(z) - nearest;
-                if (distance > farthest - nearest) return;  // not of the bin
-                if ((uint64_t(distance) >> (shift + digit_bits<kThreads>())) != digits) return;
-                const int digit = int(distance >> shift) & (kThreads - 1);
-                const uint64_t weight = kByMass ? s.weight(z) : 1;
-                atomic_add(low, digit, uint32_t(weight) & ((1u << kPiece) - 1));
-                if (!kByMass) return;
-                atomic_add(middle, digit, uint32_t(weight >> kPiece) & ((1u << kPiece) - 1));
-                atomic_add(high, digit, uint32_t(weight >> (2 * kPiece)));
-            });
+            slice.each([&](float best) { return below_best(best) <= farthest; },
+                       [&](float z) {
+                           const uint32_t distance = below_best(z) - nearest;
+                           if (distance > farthest - nearest) return;  // not of the bin
+                           if ((uint64_t(distance) >> (shift + digit_bits<kThreads>())) != digits) return;
+                           const int digit = int(distance >> shift) & (kThreads - 1);
+                           const uint64_t weight = kByMass ? s.weight(z) : 1;
+                           atomic_add(low, digit, uint32_t(weight) & ((1u << kPiece) - 1));
+                           if (!kByMass) return;
+                           atomic_add(middle, digit, uint32_t(weight >> kPiece) & ((1u << kPiece) - 1));
+                           atomic_add(high, digit, uint32_t(weight >> (2 * kPiece)));
+                       });
             sync_block();
             const uint64_t own = (uint64_t(load(high, thread())) << (2 * kPiece)) +
                                  (uint64_t(load(middle, thread())) << kPiece) + load(low, thread());
@@ -209,9 +193,10 @@ struct Held {
 
     PSE_METHOD uint64_t mass(int bin, int32_t key) {
         uint64_t own = 0;
-        slice.each([&](float z) {
-            if (key_of(z) >= key && s.bin(z) == bin) own += s.weight(z);
-        });
+        slice.each([&](float best) { return key_of(best) >= key; },
+                   [&](float z) {
+                       if (key_of(z) >= key && s.bin(z) == bin) own += s.weight(z);
+                   });
         return warp_reduce(exchange.tell(block_reduce<kThreads>(own, Sum())).first, Sum());
     }
 };
@@ -233,7 +218,7 @@ PSE_DEVICE void sample_row(const Request& a, int slice_groups) {
     PSE_SHARED(uint32_t, row_counts, kBins);
     PSE_SHARED(uint64_t, row_masses, kBins);
     static_assert(kThreads <= kBins, "the histogram's arrays serve the digits too");
-    const int64_t row = block() / cluster_size();
+    const int64_t row = row_of(uint32_t(cluster_size()));
     const int start = cluster_rank() * slice_groups, groups = int(a.groups);
     const Slice<kThreads> slice = {z, Smaller()(start, groups), Smaller()(start + slice_groups, groups)};
     Exchange<kThreads> exchange = {notes, digits};
@@ -246,6 +231,7 @@ PSE_DEVICE void sample_row(const Request& a, int slice_groups) {
     if (thread() == 0) store(facts, kBest, best);
     sync_block();
     const auto scale = [&](const Row& r) { return scale_of(key_of_best(load(facts, kBest)), r.c); };
+    const auto mass = [&] { return load(facts, kMass); };
     bool greedy;
     {
         const Row r = read_row(a, row);
@@ -261,7 +247,7 @@ PSE_DEVICE void sample_row(const Request& a, int slice_groups) {
 
     // Greedy: the first of the best is the first at which their running sum exceeds 0. Alone it needs no masses.
     int32_t key = greedy ? key_of_best(best) : kKeyOfMinusInfinity;
-    bool here = cluster_rank() == int(~uint32_t(best));
+    bool here = false;
     uint64_t threshold = 0;
     if (!greedy || a.logprobs != nullptr) {
         uint64_t kept_mass;  // of the block of this lane's rank
@@ -271,8 +257,8 @@ PSE_DEVICE void sample_row(const Request& a, int slice_groups) {
             const Masses own = weigh_slice<kThreads>(slice, scale(r), r.floor, histogram, masses);
             const auto note = exchange.tell(own.all, own.kept);
             kept_mass = note.second;
-            const uint64_t mass = warp_reduce(note.first, Sum());
-            if (thread() == 0) store(facts, kMass, mass);
+            const uint64_t sum = warp_reduce(note.first, Sum());
+            if (thread() == 0) store(facts, kMass, sum);
             if (r.by_rank) sum_bins<kThreads>(counts, row_counts);
             if (r.by_mass) sum_bins<kThreads>(masses, row_masses);
             sync_block();
@@ -280,7 +266,6 @@ PSE_DEVICE void sample_row(const Request& a, int slice_groups) {
         const Row r = read_row(a, row);
         if (r.by_rank || r.by_mass) {
             const Scale s = scale(r);
-            const uint64_t mass = load(facts, kMass);
             const auto bin_mass = [&](int i) { return load(row_masses, i); };
             const Search search = find_bins<kThreads>(r, mass, [&](int i) { return load(row_counts, i); }, bin_mass);
             if (!search.keeps_all()) {
@@ -288,7 +273,8 @@ PSE_DEVICE void sample_row(const Request& a, int slice_groups) {
                 key = settle_key<kThreads>(r, search, mass, held, bin_mass);
                 const Kept kept = {key, r.floor};
                 uint64_t sum = 0;
-                slice.each([&](float z_of_token) { sum += kept(z_of_token, s); });
+                slice.each([&](float best_z) { return key_of(best_z) >= key; },
+                           [&](float z_of_token) { sum += kept(z_of_token, s); });
                 kept_mass = exchange.tell(block_reduce<kThreads>(sum, Sum())).first;
             }
         }
@@ -300,11 +286,11 @@ PSE_DEVICE void sample_row(const Request& a, int slice_groups) {
             threshold -= first;
         }
     }
+    if (greedy) here = cluster_rank() == int(~uint32_t(load(facts, kBest)));
     if (!here) return;
     const Row r = read_row(a, row);
-    const uint64_t mass = a.logprobs != nullptr ? load(facts, kMass) : 0;
     find_token<kThreads>(a, row, scale(r), {key, r.floor}, threshold, mass, slice.first, slice.end,
-                         [&](int64_t group) { return slice.read(int(group)); });
+                         [&](int group) { return slice.read(group); });
 }
 
 template <int kThreads>

@@ -17,9 +17,10 @@ using namespace PSE_ISA;
 
 constexpr int kGroup = 8;  // neighbouring tokens of a thread: one 16-byte load of a 16-bit dtype
 
-// Threads per multiprocessor for which kernels that do more than read may take registers: 64 each. Not told, ptxas aims
-// at more and spills in the code of the draw, which decides nothing about bandwidth.
-constexpr int kResident = 1024;
+// Blocks per multiprocessor for which kernels that do more than read may take registers: 64 each, 80 in small blocks.
+// Not told, ptxas aims at more and spills in the code of the draw, which decides nothing about bandwidth.
+template <int kThreads>
+constexpr int kResident = kThreads == 64 ? 12 : 1024 / kThreads;
 
 // Bins of 1/16 octave over exponents down to -40.5. Below, every weight is 0, so no filter changes the draw there.
 constexpr int kBins = 648;
@@ -34,7 +35,9 @@ constexpr uint64_t kBestWeight = uint64_t(1) << kFractionBits;
 struct Request {
     Logits logits;
     int64_t base_count, guide_count;  // elements from the first to the last that may be read
-    int64_t groups;                   // reads of a whole block, per row
+    int guides;
+    bool usual;  // one guide, all of 16 bits, every row aligned to 16 bytes
+    int groups;  // reads of a whole block, per row
     Knobs same;
     Global<const float> knobs;
     int64_t width, first_guidance;  // of a row of knobs
@@ -44,6 +47,12 @@ struct Request {
     Global<int64_t> tokens;  // null for guided_logprobs
     Global<float> logprobs;  // [rows] or null
 };
+
+// A row has several blocks, next to each other.
+PSE_DEVICE int64_t row_of(uint32_t blocks_of_row) { return uint32_t(block()) / blocks_of_row; }
+PSE_DEVICE int part_of(uint32_t blocks_of_row) { return int(uint32_t(block()) % blocks_of_row); }
+
+PSE_HD bool is_16_bit(DType dtype) { return dtype == DType::bf16 || dtype == DType::f16; }
 
 // ---- over a block
 
@@ -160,13 +169,13 @@ PSE_DEVICE uint64_t sum_of(int n, const Value& value) {
 
 struct Row {
     Knobs knobs;
-    bool good;
+    bool good;  // but for its guidance and its logits: see Best
     bool greedy, by_rank, by_mass;
     float c;         // log2(e) / temperature
     uint64_t floor;  // min-p: the least weight
 };
 
-PSE_DEVICE float guidance_of(const Request& a, int64_t row, int64_t guide) {
+PSE_DEVICE float guidance_of(const Request& a, int64_t row, int guide) {
     return a.knobs == nullptr ? a.same.guidance : load(a.knobs, row * a.width + a.first_guidance + guide);
 }
 
@@ -185,8 +194,6 @@ PSE_DEVICE Row read_row(const Request& a, int64_t row) {
     }
     const Knobs& k = r.knobs;
     r.good = valid_parameters(k.temperature, k.top_p, k.min_p, k.top_k, k.seed, k.offset);
-    for (int64_t guide = 0; guide < a.logits.guides; ++guide)
-        r.good = r.good && finite_number(guidance_of(a, row, guide));
     r.greedy = k.temperature == 0.0f;
     if (a.tokens == nullptr) r.good = r.good && !r.greedy;
     r.by_rank = !r.greedy && k.top_k > 0 && k.top_k < a.logits.vocab;
@@ -214,67 +221,163 @@ PSE_DEVICE Scale scale_of(int32_t best_key, float c) { return {best_key, float_o
 
 // ---- z, a group of tokens at a time
 
-PSE_DEVICE float to_float(float x) { return x; }
-PSE_DEVICE float to_float(double x) { return float(x); }
-PSE_DEVICE float to_float(f16_t x) { return f16_to_float(x.bits); }
-PSE_DEVICE float to_float(bf16_t x) { return bf16_to_float(x.bits); }
-
 struct Group {
     float z[kGroup];
 };
 
-// A block reads kThreads * kGroup neighbouring tokens at once, a thread kGroup of them.
-template <int kThreads>
-PSE_DEVICE int64_t first_token(int64_t group) {
-    return (group * kThreads + thread()) * kGroup;
+// NaN is passed over.
+PSE_DEVICE float best_of(const Group& tokens) {
+    float best = kMinusInfinity;
+    PSE_UNROLL
+    for (int i = 0; i < kGroup; ++i) best = max_number(tokens.z[i], best);
+    return best;
 }
 
+PSE_HD int32_t key_of_token(float z) { return key_of(add_rn(z, 0.0f)); }  // -0 and +0 are one key
+
+// A block reads kThreads * kGroup neighbouring tokens at once, a thread kGroup of them.
+template <int kThreads>
+PSE_DEVICE int64_t first_token(int group) {
+    return (int64_t(group) * kThreads + thread()) * kGroup;
+}
+
+// Logits as they are in memory, those of 16 bits two to a word: nothing waits for their load yet.
+struct Packed {
+    uint32_t word[kGroup];
+
+    PSE_METHOD void set(int i, float x) { word[i] = float_bits(x); }
+    PSE_METHOD void set(int i, double x) { word[i] = float_bits(float(x)); }
+    PSE_METHOD void set(int i, uint16_t x) { word[i / 2] = i % 2 == 0 ? x : word[i / 2] | uint32_t(x) << 16; }
+};
+
+// The first `left` are there; the rest is `beyond`.
 template <class T>
-PSE_DEVICE Group read_as(const void* data, int64_t count, int64_t at, int64_t left) {
+PSE_DEVICE Packed read_as(const void* data, int64_t count, int64_t at, int64_t left, T beyond) {
     constexpr int kVector = 16 / int(sizeof(T));
     const Global<const T> p = global<const T>(data, count);
-    Group group;
+    Packed packed;
     if (left >= kGroup && is_aligned(p, at, 16)) {
         PSE_UNROLL
         for (int v = 0; v < kGroup; v += kVector) {
-            const auto raw = load_vector<kVector>(p, at + v);
+            const auto vector = load_vector<kVector>(p, at + v);
             PSE_UNROLL
-            for (int i = 0; i < kVector; ++i) group.z[v + i] = to_float(raw.at[i]);
+            for (int i = 0; i < kVector; ++i) packed.set(v + i, vector.at[i]);
         }
     } else {
         PSE_UNROLL
-        for (int i = 0; i < kGroup; ++i) group.z[i] = i < left ? to_float(load(p, at + i)) : kMinusInfinity;
+        for (int i = 0; i < kGroup; ++i) packed.set(i, i < left ? load(p, at + i) : beyond);
+    }
+    return packed;
+}
+
+// The dtype is a branch per read, not a template: 16 pairs of dtypes are one kernel.
+PSE_DEVICE Packed read_logits(const void* data, DType dtype, int64_t count, int64_t at, int64_t left) {
+    if (is_16_bit(dtype))
+        return read_as<uint16_t>(data, count, at, left, dtype == DType::bf16 ? 0xff80u : 0xfc00u);  // -inf
+    if (dtype == DType::f32) return read_as<float>(data, count, at, left, kMinusInfinity);
+    return read_as<double>(data, count, at, left, double(kMinusInfinity));
+}
+PSE_DEVICE Group unpack(const Packed& packed, DType dtype) {
+    Group group;
+    if (dtype == DType::bf16) {
+        PSE_UNROLL
+        for (int i = 0; i < kGroup; ++i)
+            group.z[i] = bits_float(i % 2 == 0 ? packed.word[i / 2] << 16 : packed.word[i / 2] & 0xffff0000u);
+    } else if (dtype == DType::f16) {
+        PSE_UNROLL
+        for (int i = 0; i < kGroup; ++i) group.z[i] = f16_to_float(uint16_t(packed.word[i / 2] >> (i % 2 * 16)));
+    } else {
+        PSE_UNROLL
+        for (int i = 0; i < kGroup; ++i) group.z[i] = bits_float(packed.word[i]);
     }
     return group;
 }
 
-// The dtype is a branch per read, not a template: 16 pairs of dtypes are one kernel.
-PSE_DEVICE Group read_logits(const void* data, DType dtype, int64_t count, int64_t at, int64_t left) {
-    switch (dtype) {
-        case DType::f64: return read_as<double>(data, count, at, left);
-        case DType::f16: return read_as<f16_t>(data, count, at, left);
-        case DType::bf16: return read_as<bf16_t>(data, count, at, left);
-        default: return read_as<float>(data, count, at, left);
-    }
-}
-
-// z from token `first` on; -inf beyond the vocabulary.
-PSE_DEVICE Group combined(const Request& a, int64_t row, int64_t first) {
+// z from token `first` on by guided(); -inf beyond the vocabulary.
+PSE_DEVICE Group exact_group(const Request& a, int64_t row, int64_t first) {
     const Logits& l = a.logits;
     const int64_t left = l.vocab - first;
-    Group z = read_logits(l.base, l.base_dtype, a.base_count, row * l.base_stride + first, left);
-    for (int64_t n = 0; n < l.guides; ++n) {
+    Packed z = read_logits(l.base, l.base_dtype, a.base_count, row * l.base_stride + first, left);
+    DType dtype = l.base_dtype;
+    for (int n = 0; n < a.guides; ++n) {
         const float w = guidance_of(a, row, n);
         if (w == 0.0f) continue;  // not read: 0 * -inf would be NaN
         const int64_t at = n * l.guide_stride + row * l.guide_row_stride + first;
-        const Group guide = read_logits(l.guide, l.guide_dtype, a.guide_count, at, left);
-        PSE_UNROLL
-        for (int i = 0; i < kGroup; ++i) z.z[i] = guided(z.z[i], guide.z[i], w);
+        const Packed packed = read_logits(l.guide, l.guide_dtype, a.guide_count, at, left);
+        const Group base = unpack(z, dtype);  // not before: base and guide are on their way together
+        const Group guide = unpack(packed, l.guide_dtype);
+        if (w > 0.0f) {
+            PSE_UNROLL
+            for (int i = 0; i < kGroup; ++i) z.set(i, guided_toward(base.z[i], guide.z[i], w));
+        } else {
+            PSE_UNROLL
+            for (int i = 0; i < kGroup; ++i) z.set(i, guided_away(base.z[i], guide.z[i], w));
+        }
+        dtype = DType::f32;
     }
+    return unpack(z, dtype);
+}
+
+// The guidance of usual rows, or 0: those are read in half of the instructions.
+PSE_DEVICE float usual_guidance(const Request& a, int64_t row) { return a.usual ? guidance_of(a, row, 0) : 0.0f; }
+
+PSE_DEVICE Packed read_16_bit(const void* data, int64_t count, int64_t at) {
+    const auto vector = load_vector<kGroup>(global<const uint16_t>(data, count), at);
+    Packed packed;
+    __builtin_memcpy(packed.word, vector.at, sizeof vector.at);
+    return packed;
+}
+
+// z of a usual row by plain arithmetic, kGroup tokens of the vocabulary. It is guided()'s unless that refuses the row
+// or masks the token: there it may be NaN in place of -inf, since -inf in the base and +inf in a guide add up to it.
+PSE_DEVICE Group plain_group(const Request& a, int64_t row, int64_t first, float w) {
+    const Logits& l = a.logits;
+    const Packed base = read_16_bit(l.base, a.base_count, row * l.base_stride + first);
+    const Packed guide = read_16_bit(l.guide, a.guide_count, row * l.guide_row_stride + first);
+    Group z = unpack(base, l.base_dtype);
+    const Group g = unpack(guide, l.guide_dtype);
     PSE_UNROLL
-    for (int i = 0; i < kGroup; ++i) z.z[i] = add_rn(z.z[i], 0.0f);  // -0 and +0 are one key
+    for (int i = 0; i < kGroup; ++i) z.z[i] = add_rn(z.z[i], mul_rn(w, g.z[i]));
     return z;
 }
+
+// z in a row without a bad value; w is its usual_guidance(). NaN stands for -inf: it weighs nothing (exponent_of) and
+// is no maximum.
+PSE_DEVICE Group read_group(const Request& a, int64_t row, int64_t first, float w) {
+    return w != 0.0f && a.logits.vocab - first >= kGroup ? plain_group(a, row, first, w) : exact_group(a, row, first);
+}
+
+// The best of a thread's tokens, of which none may be bad, nor the row's guidance.
+struct Best {
+    float z = kMinusInfinity;
+    bool bad = false;
+    float w;  // usual_guidance(), but below 0: there plain arithmetic hides a guide's infinity, which guided() refuses
+
+    PSE_METHOD Best(const Request& a, int64_t row) {
+        w = max_number(usual_guidance(a, row), 0.0f);
+        for (int n = 0; n < a.guides; ++n) bad = bad || !finite_number(guidance_of(a, row, n));
+    }
+    // Takes a group, and returns its z, where NaN may stand for -inf.
+    PSE_METHOD Group take(const Request& a, int64_t row, int64_t first) {
+        Group tokens;
+        float sum = 0.0f;  // NaN if one is, or if infinities meet
+        const bool quick = w != 0.0f && a.logits.vocab - first >= kGroup;
+        if (quick) {
+            tokens = plain_group(a, row, first, w);
+            PSE_UNROLL
+            for (int i = 0; i < kGroup; ++i) sum = add_rn(sum, tokens.z[i]);
+        }
+        if (!quick || is_nan(sum)) {
+            tokens = exact_group(a, row, first);
+            PSE_UNROLL
+            for (int i = 0; i < kGroup; ++i) bad = bad || is_nan(tokens.z[i]);
+        }
+        z = max_number(best_of(tokens), z);
+        return tokens;
+    }
+    // Above infinity where one is bad.
+    PSE_METHOD int32_t key() const { return bad ? INT32_MAX : key_of_token(z); }
+};
 
 // ---- a block's histogram over bins
 
@@ -300,17 +403,56 @@ struct Histogram {
         if (bin >= kBins) return;
         if (count) atomic_add(counts, bin, 1u);
         if (!weigh) return;
-        if (weight == kBestWeight) {
+        const uint32_t upper = uint32_t(weight >> kLowBits);
+        if (upper == uint32_t(kBestWeight >> kLowBits)) {
             atomic_add(full, 0, 1u);
         } else {
             atomic_add(low, bin, uint32_t(weight) & ((1u << kLowBits) - 1));
-            atomic_add(high, bin, uint32_t(weight >> kLowBits));
+            atomic_add(high, bin, upper);
         }
     }
     // A token of the best weight is in bin 0.
     PSE_METHOD uint64_t mass(int bin) const {
         const uint64_t others = (uint64_t(load(high, bin)) << kLowBits) + load(low, bin);
         return others + (bin == 0 ? uint64_t(load(full, 0)) << kFractionBits : 0);
+    }
+};
+
+struct Masses {
+    uint64_t all, kept;  // kept by min-p
+};
+
+// What a thread's tokens weigh.
+template <int kThreads>
+struct Weighing {
+    const Scale& s;
+    uint64_t floor;  // min-p: the least weight
+    const Histogram<kThreads>& histogram;
+    bool counted;  // in the histogram
+    uint64_t all = 0, kept = 0;
+
+    // Few groups have a token that min-p keeps. Half: weights rise with z, but for the polynomial's rounding.
+    PSE_METHOD void take(const Group& tokens) {
+        if (floor > 0 && s.weight(best_of(tokens)) >= floor / 2)
+            add<true>(tokens);
+        else
+            add<false>(tokens);
+    }
+    template <bool kKeep>
+    PSE_METHOD void add(const Group& tokens) {
+        PSE_UNROLL
+        for (int i = 0; i < kGroup; ++i) {
+            const float exponent = s.exponent(tokens.z[i]);
+            const uint64_t weight = weight_of_exponent(exponent);
+            all += weight;
+            if (kKeep && weight >= floor) kept += weight;
+            if (counted) histogram.add(exponent, weight);
+        }
+    }
+    // Of the block.
+    PSE_METHOD Masses masses() const {
+        const uint64_t sum = block_reduce<kThreads>(all, Sum());
+        return {sum, floor > 0 ? block_reduce<kThreads>(kept, Sum()) : sum};
     }
 };
 
@@ -329,11 +471,11 @@ struct Search {
 };
 
 // top-k's bin is exact. top-p's target depends on what top-k leaves of its own bin, so its bin is known up to a range,
-// nearly always of one or two.
-template <int kThreads, class Count, class Mass>
-PSE_DEVICE Search find_bins(const Row& r, uint64_t mass, const Count& bin_count, const Mass& bin_mass) {
+// nearly always of one or two. mass() is the row's, before the filters.
+template <int kThreads, class Mass, class Count, class BinMass>
+PSE_DEVICE Search find_bins(const Row& r, const Mass& mass, const Count& bin_count, const BinMass& bin_mass) {
     Search found = {kBins, kBins, kBins, 0, 0, 0};  // all tokens that weigh anything are among the k best
-    uint64_t least = mass, most = mass;
+    uint64_t least = 0, most = 0;                   // what top-k may leave
     if (r.by_rank) {
         const auto reached = first_reaching<kThreads>(kBins, uint32_t(r.knobs.top_k), bin_count);
         found.top_k = reached.index;
@@ -345,6 +487,7 @@ PSE_DEVICE Search find_bins(const Row& r, uint64_t mass, const Count& bin_count,
     }
     found.low = found.high = found.top_k;
     if (r.by_mass) {
+        if (found.top_k == kBins) least = most = mass();
         const uint64_t share = fixed_point(r.knobs.top_p, 64);
         const auto reached = first_reaching<kThreads>(kBins, Larger()(mulhi64(share, least), uint64_t(1)), bin_mass);
         found.low = found.high = reached.index;
@@ -392,15 +535,13 @@ PSE_DEVICE int32_t search_key(int32_t best_key, uint32_t nearest, uint32_t farth
 
 // The key from which on tokens are kept by top-k and top-p, where they do not keep all. keys.select<by mass>(bin,
 // target) is a search_key() of that bin, keys.mass(bin, key) what its keys from `key` on weigh.
-template <int kThreads, class Keys, class Mass>
-PSE_DEVICE int32_t settle_key(const Row& r, const Search& search, uint64_t mass, Keys& keys, const Mass& bin_mass) {
+template <int kThreads, class Mass, class Keys, class BinMass>
+PSE_DEVICE int32_t settle_key(const Row& r, const Search& search, const Mass& mass, Keys& keys,
+                              const BinMass& bin_mass) {
     int32_t key = kKeyOfMinusInfinity;
-    uint64_t available = mass;
-    if (search.top_k < kBins) {
-        key = keys.template select<false>(search.top_k, search.rank);
-        if (r.by_mass) available = search.above_top_k + keys.mass(search.top_k, key);
-    }
+    if (search.top_k < kBins) key = keys.template select<false>(search.top_k, search.rank);
     if (!r.by_mass) return key;
+    const uint64_t available = search.top_k < kBins ? search.above_top_k + keys.mass(search.top_k, key) : mass();
     const uint64_t share = mulhi64(fixed_point(r.knobs.top_p, 64), available);
     const uint64_t target = Larger()(share, uint64_t(1)) - search.above_top_p;
     const auto reached =
@@ -414,18 +555,18 @@ struct Kept {
     int32_t key;      // at least this key
     uint64_t weight;  // and at least this weight
     PSE_HD uint64_t operator()(float z, const Scale& s) const {
-        if (key_of(z) < key) return 0;  // most of a filtered row
+        if (key_of_token(z) < key) return 0;  // most of a filtered row
         const uint64_t w = s.weight(z);
         return w >= weight ? w : 0;
     }
 };
 
-// Stores the first token of groups [first, end) at which the running sum of kept weights exceeds `threshold`. `mass` is
+// Stores the first token of groups [first, end) at which the running sum of kept weights exceeds `threshold`. mass() is
 // the row's, before the filters; z_of(group) gives this thread's tokens of a group.
-template <int kThreads, class Z>
+template <int kThreads, class Mass, class Z>
 PSE_DEVICE void find_token(const Request& a, int64_t row, const Scale& s, const Kept& kept, uint64_t threshold,
-                           uint64_t mass, int64_t first, int64_t end, const Z& z_of) {
-    for (int64_t group = first; group < end; ++group) {
+                           const Mass& mass, int first, int end, const Z& z_of) {
+    for (int group = first; group < end; ++group) {
         const Group tokens = z_of(group);
         uint64_t own = 0;
         PSE_UNROLL
@@ -452,9 +593,9 @@ PSE_DEVICE void find_token(const Request& a, int64_t row, const Scale& s, const 
             }
             store(a.tokens, row, first_token<kThreads>(group) + index);
             if (a.logprobs != nullptr) {
-                const double below = sub_rn(double(z), double(s.best));
+                const double below = sub_rn(double(add_rn(z, 0.0f)), double(s.best));  // -0 would give a log-prob of -0
                 const double temperature = r.greedy ? 1.0 : double(r.knobs.temperature);
-                store(a.logprobs, row, log_probability(below, temperature, log_mass(mass)));
+                store(a.logprobs, row, log_probability(below, temperature, log_mass(mass())));
             }
         }
         return;
@@ -475,7 +616,13 @@ inline Request request_of(const Logits& l, const float* knobs, int64_t first_gui
     a.logits = l;
     a.base_count = (l.rows - 1) * l.base_stride + l.vocab;
     if (l.guides > 0) a.guide_count = (l.guides - 1) * l.guide_stride + (l.rows - 1) * l.guide_row_stride + l.vocab;
-    a.groups = ceil_div(l.vocab, threads * kGroup);
+    a.guides = int(l.guides);
+    const auto aligned = [&](const void* data, int64_t row_stride) {
+        return reinterpret_cast<uintptr_t>(data) % 16 == 0 && (row_stride % kGroup == 0 || l.rows == 1);
+    };
+    a.usual = a.guides == 1 && is_16_bit(l.base_dtype) && is_16_bit(l.guide_dtype) && aligned(l.base, l.base_stride) &&
+              aligned(l.guide, l.guide_row_stride);
+    a.groups = int(ceil_div(l.vocab, threads * kGroup));
     a.width = first_guidance + l.guides;
     a.first_guidance = first_guidance;
     a.knobs = global<const float>(knobs, l.rows * a.width);

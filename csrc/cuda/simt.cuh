@@ -103,7 +103,7 @@ PSE_DEVICE int threads() { return int(blockDim.x); }
 PSE_DEVICE int64_t block() { return int64_t(blockIdx.x); }
 PSE_DEVICE int64_t blocks() { return int64_t(gridDim.x); }
 PSE_DEVICE int lane() { return int(threadIdx.x) % kWarp; }
-PSE_DEVICE int warp() { return int(threadIdx.x) / kWarp; }
+PSE_DEVICE int warp() { return int(threadIdx.x / kWarp); }
 
 // ---- the order of launches
 

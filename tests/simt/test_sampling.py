@@ -400,6 +400,100 @@ def test_the_base_masks_whatever_the_guides_say(cuda):
         assert_same_bits(logprobs, reference.guided_logprobs(base))
 
 
+def refused(rows, op):
+    """The op row by row: a list of its results, None for rows that it refuses."""
+
+    def one(row):
+        try:
+            return op(**{name: value[..., row, :] if value.dim() > 1 else value[row] for name, value in rows.items()})
+        except ValueError:
+            return None
+
+    return [one(slice(row, row + 1)) for row in range(len(rows["guidance"]))]
+
+
+@functools.cache
+def special_rows(guides, dtype):
+    """128 rows of 24 tokens, a few of which have special values in base and guides, in all mixtures."""
+    generator = torch.Generator().manual_seed(guides)
+
+    def pick(values, *shape):
+        return torch.tensor(values)[torch.randint(len(values), shape, generator=generator)]
+
+    logits = torch.randn(1 + guides, 128, 24, generator=generator)
+    for _ in range(3):
+        token = torch.randint(24, (128, 1), generator=generator).expand(1 + guides, 128, 1)
+        values = torch.stack(
+            [pick([-math.inf, -math.inf, -math.inf, 2.0, -0.0, 0.0], 128)]
+            + [pick([math.inf, -math.inf, math.nan, 2.0, -0.0, 0.0], 128) for _ in range(guides)]
+        )
+        logits = logits.scatter(2, token, values[..., None])
+    rows = {"base_logits": logits[0].to(dtype), "guide_logits": logits[1:].to(dtype)}
+    return {**rows, "guidance": pick([1.0, 0.5, -1.0, 0.0], 128, guides)}
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+@pytest.mark.parametrize(
+    ("guides", "dtype"), [(1, torch.bfloat16), (1, torch.float16), (2, torch.bfloat16), (3, torch.float32)]
+)
+def test_special_values_mask_or_flag_as_in_the_reference(cuda, guides, dtype, filters):
+    rows = special_rows(guides, dtype)
+    expected = refused(rows, functools.partial(reference.guided_sample, return_logprobs=True, **FILTERS[filters]))
+    assert 30 < sum(row is None for row in expected) < 100
+    tokens, logprobs = cuda.guided_sample(
+        **rows, return_logprobs=True, **FILTERS[filters], seed=torch.zeros(128).long()
+    )
+    missing = torch.tensor([-1]), torch.tensor([math.nan])
+    assert_same_bits(tokens, torch.cat([(row or missing)[0] for row in expected]), "tokens")
+    assert_same_bits(logprobs, torch.cat([(row or missing)[1] for row in expected]), "log-probs")
+
+
+@pytest.mark.parametrize(("guides", "dtype"), [(1, torch.bfloat16), (2, torch.bfloat16), (3, torch.float32)])
+def test_log_probs_of_special_values_are_those_of_the_reference(cuda, guides, dtype):
+    rows = special_rows(guides, dtype)
+    expected = refused(rows, reference.guided_logprobs)
+    missing = torch.full((1, 24), math.nan)
+    expected = torch.cat([missing if row is None else row for row in expected])
+    assert_same_bits(cuda.guided_logprobs(**rows), expected)
+
+
+def test_the_log_prob_of_a_lone_minus_zero_is_plus_zero(cuda):
+    base = torch.full((1, 16), -math.inf, dtype=torch.bfloat16)
+    base[0, 5] = -0.0
+    for guide, w in ((-0.0, 1.0), (0.0, -1.0), (0.0, 0.0)):  # z is -0 in all
+        guides = torch.full((1, 16), guide, dtype=torch.bfloat16)
+        for kwargs in ({}, {"top_p": 0.5}, {"temperature": 0.0}):
+            agrees(cuda, base, guides, guidance=w, **kwargs)
+        assert_same_bits(cuda.guided_logprobs(base, guides, guidance=w)[0, 5], torch.tensor(0.0))
+
+
+def test_tokens_of_minus_and_plus_zero_are_tied(cuda):
+    base = torch.tensor([[0.0, -0.0] * 8]).bfloat16()
+    guide, seeds = torch.full((64, 16), -0.0).bfloat16(), torch.arange(64)  # z is 0 and -0
+    for kwargs in ({"top_k": 1}, {"top_k": 9}, {"top_p": 0.1}, {"temperature": 0.0}):
+        agrees(cuda, base.expand(64, 16), guide, scalar=False, seed=seeds, **kwargs)
+    assert set(cuda.guided_sample(base.expand(64, 16), guide, seed=seeds, top_k=1).tolist()) > {0, 1}
+
+
+def test_sums_of_large_logits_do_not_flag_a_row(cuda):
+    """The check for NaN adds logits up: here to infinity, then with a masked token to NaN."""
+    base = torch.tensor([[3e38, 2.9e38, 3e38, -math.inf, 0.0, -3e38, -3e38, -3e38]]).bfloat16()
+    agrees(cuda, base, torch.zeros(1, 8).bfloat16(), top_p=0.9)
+
+
+@pytest.mark.parametrize("threads", [NARROW, WIDE], ids=["narrow", "wide"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_16_bit_rows_with_a_guide_agree_with_the_reference(cuda, block, dtype, threads):
+    block(threads)
+    for vocab in (8, 520, 4100, 4104, 8200):  # whole and broken groups, rows that are aligned and not
+        base, guide = (randn(2, vocab, 3.0, seed).to(dtype) for seed in (vocab, vocab + 1))
+        base[:, ::5], guide[:, 1::7] = -math.inf, -math.inf
+        for filters in ({}, {"min_p": 0.05}, {"top_k": 40, "top_p": 0.9, "min_p": 0.01}):
+            agrees(cuda, base, guide, guidance=0.7, seed=vocab, **filters)
+        expected = reference.guided_logprobs(base, guide, guidance=0.7)
+        assert_same_bits(cuda.guided_logprobs(base, guide, guidance=0.7), expected)
+
+
 BAD_ROWS = {
     "nan_base": ([0.0, math.nan], [0.0, 0.0], 1.0),
     "negative_nan_base": ([0.0, -math.nan], [0.0, 0.0], 1.0),

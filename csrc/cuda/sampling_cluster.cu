@@ -219,7 +219,7 @@ PSE_DEVICE void sample_row(const Request& a, int slice_groups) {
     PSE_SHARED(uint64_t, row_masses, kBins);
     static_assert(kThreads <= kBins, "the histogram's arrays serve the digits too");
     const int64_t row = row_of(uint32_t(cluster_size()));
-    const int start = cluster_rank() * slice_groups, groups = int(a.groups);
+    const int start = cluster_rank() * slice_groups, groups = a.groups;
     const Slice<kThreads> slice = {z, Smaller()(start, groups), Smaller()(start + slice_groups, groups)};
     Exchange<kThreads> exchange = {notes, digits};
 

@@ -302,21 +302,17 @@ PSE_HD Edge<Key> edge_of(const Bound<Key>& bound, int64_t first) {
 }
 
 // Bit j: the edge holds entry j, which is at this place of the chunk plus j.
-template <class Key>
-PSE_DEVICE uint32_t held(const Eight<Key>& key, const Edge<Key>& edge, int at) {
+template <class Real, class Key>
+PSE_DEVICE uint32_t held(Mixed<Real, Key>, const typename Mixed<Real, Key>::Entries& entries, const Edge<Key>& edge,
+                         int at) {
     const int last = edge.last - at;
     uint32_t mask = 0;
     PSE_UNROLL
     for (int j = 0; j < kPer; ++j) {
         const Key limit = Key(edge.key + Key(j > last ? 1 : 0));
-        mask |= uint32_t(key.at[j] >= limit ? 1 : 0) << j;
+        mask |= uint32_t(entries.key.at[j] >= limit ? 1 : 0) << j;
     }
     return mask;
-}
-template <class Real, class Key>
-PSE_DEVICE uint32_t held(Mixed<Real, Key>, const typename Mixed<Real, Key>::Entries& entries, const Edge<Key>& edge,
-                         int at) {
-    return held(entries.key, edge, at);
 }
 
 // Bit j: |x_j| < limit, by the sign of the difference, which is exact.
@@ -374,13 +370,25 @@ PSE_HD uint32_t round_word(double first, double second, T which) {
     return round_word(float(first), float(second), which);  // by way of fp32, as torch
 }
 
+// Edits one entry; returns 1 if it rounds to what it was. Lanes may come alone.
+template <class T, class Real>
+PSE_DEVICE int edit_entry(Global<T> params, int64_t i, Real delta, Real scale) {
+    T x = load(params, i);
+    Real before, after;
+    widen(x, &before);
+    round_to(sub_rn(before, mul_rn(scale, delta)), &x);
+    widen(x, &after);
+    store(params, i, x);
+    return before == after ? 1 : 0;
+}
+
 // Edits the entries in the mask (bit j: entry i + j); whole warps call together. Only touched 32-byte sectors are
 // loaded and stored, whole: a partial one would make the L2 cache read it. Returns how many round to what they were.
 template <class T, class Step, class Real>
 PSE_DEVICE int edit_as(Step how, const TensorRow& t, int64_t i, uint32_t mask, const Eight<Real>& delta, Real scale) {
     const Global<T> params = simt::global<T>(t.params, t.numel);
-    if constexpr (Step::value &&
-                  sizeof(T) <= 4) {  // eight of 32 bits are a sector, of 16 bits those of a pair of lanes
+    // Eight of 32 bits are a sector, of 16 bits those of a pair of lanes.
+    if constexpr (Step::value && sizeof(T) <= 4) {
         constexpr int kEach = Packed<T>::kEach;
         const bool touched = kEach == 1 ? mask != 0 : ((ballot(mask != 0) >> (lane() & ~1)) & 3u) != 0;
         if (!touched) return 0;
@@ -414,13 +422,7 @@ PSE_DEVICE int edit_as(Step how, const TensorRow& t, int64_t i, uint32_t mask, c
         PSE_UNROLL
         for (int j = 0; j < kPer; ++j) {
             if (((mask >> j) & 1u) == 0) continue;
-            T x = load(params, i + j);
-            Real before, after;
-            widen(x, &before);
-            round_to(sub_rn(before, mul_rn(scale, delta.at[j])), &x);
-            widen(x, &after);
-            unchanged += before == after ? 1 : 0;
-            store(params, i + j, x);
+            unchanged += edit_entry(params, i + j, delta.at[j], scale);
         }
         return unchanged;
     }

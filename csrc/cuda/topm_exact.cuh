@@ -54,7 +54,7 @@ PSE_DEVICE void count_digits(const View<Key>& v, const Run& run, const Problem<K
             for_each_step(source, t, part.local, part.n, [&](auto, int at, int, int none, const auto& entries) {
                 const Eight<Key>& key = entries.key;
                 excluded += none;
-                const uint32_t left_out = held(key, done, at);
+                const uint32_t left_out = held(source, entries, done, at);
                 int bin = 0;
                 uint32_t equal = 0;  // neighbours are counted at once
                 PSE_UNROLL
@@ -103,7 +103,7 @@ PSE_DEVICE void count_ties(const View<Key>& v, const Run& run, Key wanted, Share
         with_source(M{}, t, [&](auto source) {
             for_each_step(source, t, part.local, part.n, [&](auto, int at, int, int, const auto& entries) {
                 const Eight<Key>& key = entries.key;
-                const uint32_t left_out = held(key, done, at);
+                const uint32_t left_out = held(source, entries, done, at);
                 PSE_UNROLL
                 for (int j = 0; j < kPer; ++j) {
                     const bool tied = key.at[j] == wanted && ((left_out >> j) & 1u) == 0;
@@ -149,7 +149,7 @@ PSE_DEVICE void find_tie(const View<Key>& v, int64_t g, const Problem<Key>& x, S
             uint32_t tied = 0;
             PSE_UNROLL
             for (int j = 0; j < kPer; ++j) tied |= uint32_t(key.at[j] == x.key ? 1 : 0) << j;
-            tied &= ~held(key, done, at);
+            tied &= ~held(source, entries, done, at);
             int64_t total, place = seen + scan_block(sums, int64_t(count_bits(tied)), &total);
             seen += total;
             for (int j = 0; j < kPer; ++j) {

@@ -16,14 +16,7 @@ PSE_DEVICE int edit_candidate(const TensorRow& t, int64_t local, Key signed_key,
         load_any(Ragged{}, t.tag(2), t.tuned, t.numel, local, 1, &tuned);
         delta = sub_rn(tuned.at[0], base.at[0]);
     }
-    const Global<T> params = simt::global<T>(t.params, t.numel);
-    T x = load(params, local);
-    Real before, after;
-    widen(x, &before);
-    round_to(sub_rn(before, mul_rn(scale, delta)), &x);
-    widen(x, &after);
-    store(params, local, x);
-    return before == after ? 1 : 0;
+    return edit_entry(simt::global<T>(t.params, t.numel), local, delta, scale);
 }
 template <class Real, class Key>
 PSE_DEVICE int edit_candidate_as(const TensorRow& t, int64_t local, Key signed_key, Real scale) {

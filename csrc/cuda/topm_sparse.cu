@@ -84,14 +84,9 @@ PSE_KERNEL(kThreads) sparse_check(SparseView v, Global<uint32_t> found) {
 template <class T, class Real>
 PSE_DEVICE int subtract_entry(const SparseView& v, const TensorRow& t, int64_t index, Real delta, int64_t* bits) {
     const Global<T> params = simt::global<T>(t.params, t.numel);
-    T x = load(params, index);
-    *bits = bits_of(x);
-    Real before, after;
-    widen(x, &before);
-    round_to(sub_rn(before, mul_rn(Real(v.scale), delta)), &x);
-    widen(x, &after);
-    store(params, index, x);
-    return before == after ? 1 : 0;
+    const T before = load(params, index);
+    *bits = bits_of(before);
+    return edit_entry(params, index, delta, Real(v.scale));
 }
 template <class Real>
 PSE_DEVICE int subtract_any(const SparseView& v, const TensorRow& t, int64_t index, Real delta, int64_t* bits) {

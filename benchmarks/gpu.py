@@ -139,11 +139,11 @@ def flashinfer(base: torch.Tensor, guide: torch.Tensor, top_k: int, top_p: float
 
 def without_overlap(call: Callable[[], object]) -> object:
     """Launch one kernel after the other, as GPUs before Hopper do."""
-    _cuda.launchers.set_launch_overlap(False)
+    before = _cuda.launchers.set_launch_overlap(False)
     try:
         return call()
     finally:
-        _cuda.launchers.set_launch_overlap(True)
+        _cuda.launchers.set_launch_overlap(before)
 
 
 def in_chunks(call: Callable[[], object]) -> object:

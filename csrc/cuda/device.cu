@@ -49,7 +49,7 @@ bool launches_overlap(int device) {
     return answers[device] == kYes;
 }
 
-void set_launch_overlap(bool value) { wanted() = value; }
+bool set_launch_overlap(bool value) { return wanted().exchange(value); }
 
 }  // namespace cuda
 }  // namespace pse

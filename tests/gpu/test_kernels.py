@@ -205,9 +205,9 @@ def test_small_a_gradient_that_is_not_finite_is_flagged(device: torch.device) ->
 @pytest.fixture(params=[True, False], ids=["overlapping", "one_by_one"])
 def launches(request: pytest.FixtureRequest) -> Iterator[None]:
     """Launches that may overlap, where the GPU can do that, and launches one after the other."""
-    _cuda.launchers.set_launch_overlap(request.param)
+    before = _cuda.launchers.set_launch_overlap(request.param)
     yield
-    _cuda.launchers.set_launch_overlap(True)
+    _cuda.launchers.set_launch_overlap(before)
 
 
 def calls(device: torch.device) -> dict[str, Callable[[], torch.Tensor]]:

@@ -127,9 +127,9 @@ def apply_vector(
 
     Where a run was stopped (killed, or by SIGTERM, a full disk, another rank's end), the same call, on any number of
     ranks, goes on after the stretches (shards, or a GiB of a larger one) that it had completed, and writes the same
-    bytes. It is the same if everything
-    is that they depend on: the model's and the vector's files, as size, time of change and header tell; scale, dtype,
-    rounding, seed, undo; the versions of this package and of torch. Any other call begins afresh.
+    bytes. It is the same if everything is that they depend on: the model's and the vector's files, as size, time of
+    change and header tell; scale, dtype, rounding, seed, undo; the versions of this package and of torch. Any other
+    call begins afresh.
 
     What rounding to 16 bits would lose of a small dose can be kept: all of it by ``dtype=torch.float32`` (the bits of
     the edit of a float32 copy, headers, index and config rewritten to match), or its mean by ``rounding="stochastic"``.

@@ -203,19 +203,18 @@ def topm_cases(clock: Clock) -> Iterator[Case]:
         base = torch.randn(n, device="cuda", generator=generator, dtype=torch.bfloat16) * 0.05
         tuned = base + torch.randn(n, device="cuda", generator=generator, dtype=torch.bfloat16) * 1e-3
         params = base.clone()
-        for density in (0.10, 0.01):
+        for density, edited in ((0.10, params), (0.10, base), (0.01, params)):
+            in_place = edited is base
             for undo in (False, True):
                 options = {"density": density, "scale": 1e-6, "undo": undo, "check_finite": False}
-                call = partial(ops.topm_subtract_, params, base, tuned, **options)
+                call = partial(ops.topm_subtract_, edited, base, tuned, **options)
                 m = math.floor(density * n)
                 assert int(call().kept.sum()) == m
-                others: dict[str, Callable[[], object]] = {}
-                if not undo:
-                    others["dense pass"] = partial(axpy, params, base, tuned)
-                if not undo and n <= 100_000_000:
+                others: dict[str, Callable[[], object]] = {"dense pass": partial(axpy, edited, base, tuned)}
+                if not (undo or in_place) and n <= 100_000_000:
                     others["kthvalue"] = partial(peers.kthvalue_subtract_, params, base, tuned, m, 1e-6)
-                name = f"bfloat16 N={n:.0e} d={density}{' undo' if undo else ''}"
-                yield clock.case("topm", name, 8 * n, call, others)
+                name = f"bfloat16 N={n:.0e} d={density}{' in place' if in_place else ''}{' undo' if undo else ''}"
+                yield clock.case("topm", name, (6 if in_place else 8) * n, call, others)
 
 
 # ---- K2

@@ -14,7 +14,7 @@ __all__ = ["raise_if_bad"]
 Result = TypeVar("Result")
 MISSED = (
     "topm_subtract_ missed its bracket (probability below 1e-30) and params are spoilt. Load them again and "
-    "pass undo=True or check_finite=True, which look before they edit."
+    "pass check_finite=True and undo=False, which looks before it edits."
 )
 
 

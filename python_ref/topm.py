@@ -58,7 +58,7 @@ def topm_subtract_(
         importance: One tensor per param (float32, float16 or bfloat16, finite, >= 0): entries are ranked by
             abs(fl(delta * importance)) instead of abs(delta).
         undo: Keep what `TopmEdit.revert_` needs.
-        check_finite: Raise, before anything is written, if a delta is NaN or Inf. False leaves such entries out.
+        check_finite: Raise, and leave params as they were, if a delta is NaN or Inf. False leaves such entries out.
 
     Returns:
         A `TopmEdit`; its tensors are on the params' device.
@@ -66,8 +66,8 @@ def topm_subtract_(
     Raises:
         ValueError: Arguments that do not fit together, overlapping params, a delta that is not finite.
         TypeError: An argument or dtype of the wrong type.
-        RuntimeError: CPU, ``check_finite=False`` without ``undo``: the sampled bracket missed (probability below
-            1e-30) and params are spoilt.
+        RuntimeError: ``check_finite=False`` without ``undo`` on the CPU, ``check_finite=True`` with ``undo`` on CUDA:
+            the sampled bracket missed (probability below 1e-30) and params are spoilt.
 
     >>> params = torch.tensor([1.0, 2.0, 3.0])
     >>> edit = topm_subtract_(params, torch.zeros(3), torch.tensor([0.5, -4.0, 0.25]), m=2)

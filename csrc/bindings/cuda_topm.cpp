@@ -68,6 +68,12 @@ void pse::register_cuda_topm(py::module_& m) {
         },
         py::arg("call"), py::arg("device"), py::arg("stream"), "edit or list what topm_settle has found");
     m.def(
+        "topm_restore",
+        [](const TopmCall& call, int device, uintptr_t stream) {
+            return cuda::topm_restore(call, target(device, stream));
+        },
+        py::arg("call"), py::arg("device"), py::arg("stream"), "undo what topm_settle has edited with a record");
+    m.def(
         "sparse_subtract",
         [](const SparseCall& call, int device, uintptr_t stream) {
             return cuda::sparse_subtract(call, target(device, stream));

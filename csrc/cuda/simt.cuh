@@ -27,7 +27,7 @@ namespace simt {
 #define PSE_METHOD __device__ __forceinline__                                  // the same for a function of a struct
 #define PSE_KERNEL(...) static __global__ void __launch_bounds__(__VA_ARGS__)  // threads, blocks per processor
 #define PSE_SHARED(T, name, count) __shared__ T name[count]
-#define PSE_COPIED_SHARED(T, name, count) __shared__ alignas(16) T name[count]  // that copy_async() may write
+#define PSE_COPIED_SHARED(T, name, count) __shared__ alignas(16) T name[count]  // for copies and vectors
 #define PSE_LAUNCHED_SHARED(T, name) extern __shared__ T name[]  // as many as launch_clusters() was told: one a kernel
 #define PSE_UNROLL _Pragma("unroll")
 
@@ -215,6 +215,7 @@ PSE_DEVICE const T* of_rank(T* p, int) {
 #endif
 
 PSE_DEVICE int count_bits(uint32_t x) { return __popc(x); }
+PSE_DEVICE int count_bits(uint64_t x) { return __popcll((long long)(x)); }
 PSE_DEVICE int count_leading_zeros(uint32_t x) { return __clz(int(x)); }
 PSE_DEVICE int count_leading_zeros(uint64_t x) { return __clzll((long long)(x)); }
 

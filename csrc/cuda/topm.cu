@@ -1,21 +1,23 @@
 // Subtract scale * (tuned - base) from params at the m entries of largest score, or list them.
 //
 // Bytes  one_pass: base, tuned, and the touched 32-byte sectors of params, loaded and stored: 7.2 B per bf16 element at
-//        density 0.10, 4.6 at 0.01. Else base + tuned once more: the look does not edit.
-// Floor  a dense read-read-write pass over base, tuned and params is 6 B per bf16 element.
+//        density 0.10, 4.6 at 0.01; a record is 1.9 and 0.5 more. Else base + tuned once more: the look does not edit.
+// Floor  a dense pass over base, tuned and params is 8 B per bf16 element; in place, 6 B, and the edit 1.6 B less.
 // Order  (key descending, flat index ascending): no ties, so one result for every grid, chunk size and schedule, which
 //        is that of csrc/cpu/topm.cpp.
 // Story  1 sample positions -> two places A and B in the order that bracket the m-th entry (topm_sample, topm_rank)
 //        2 sweep: count what A holds (one_pass: edit it), collect what B holds beyond A: the candidates
 //        3 settle the candidates: the exact place K of the m-th entry (topm_settle, topm_rank)
-//        4 edit (or list) what K holds (topm_apply); with one_pass only the chosen candidates are left (topm_pool)
+//        4 edit (or list) what K holds (topm_apply); with one_pass only the chosen candidates are left (topm_pool), and
+//        for a record what the sweep has noted is put in order with them (topm_journal)
 // Unlucky  Too many candidates, or too few: the exact select (topm_exact), 11 bits of the key a launch, over what A
 //        does not hold (one_pass) or over all. It has the launches of 3: every group goes the way that is left to it,
 //        and the host never learns which, so the whole can be captured in a graph. More than m above A after one_pass
 //        has edited: below 1e-30; nonfinite = -1 says that params are spoilt.
 // Groups of up to 2^16 entries are not sampled: the exact select reads them from the L2 cache.
-// Launches  open, sample, bracket, sweep, four of settle, apply: 9; one more beyond 2^16 samples, another beyond 2^20.
-//        Without a sample: open, four of settle, apply; one of settle where no group has more than a chunk.
+// Launches  open, sample, bracket, sweep, four of settle, apply: 9; one more beyond 2^16 samples, another beyond 2^20,
+//        and one for the order of a record or a list. Without a sample: open, four of settle, apply; one of settle
+//        where no group has more than a chunk.
 // Passes give each block one run of chunks, so that counters stay in registers until the tensor changes.
 #include "cuda/topm.h"
 
@@ -49,11 +51,13 @@ static int64_t sample_margin(int64_t s, int64_t n, int64_t m, bool unrepairable)
 struct Layout {
     std::vector<int64_t> table, groups;
     int64_t chunks = 0, samples = 0, pool = 0, list = 0, largest_sample = 0, largest_pool = 0, problems = 0;
-    bool exact = false, beyond_a_chunk = false;  // a group is not sampled; and has several chunks
-    bool same[4] = {true, true, true, true};     // by dtype: every array of every tensor has it, and no importance
+    int64_t rows = 0, journal = 0, old_bytes = 0;  // 0 without a journal
+    bool exact = false, beyond_a_chunk = false;    // a group is not sampled; and has several chunks
+    bool same[4] = {true, true, true, true};       // by dtype: every array of every tensor has it, and no importance
     int64_t bytes = 0;
-    int64_t histogram_at, tickets_at, zero_end, tables_at, state_at, problems_at, greater_at, equal_at, tiles_at,
-        sample_keys_at, sample_indices_at, pool_keys_at, pool_indices_at, list_keys_at, list_indices_at;
+    int64_t histogram_at, tickets_at, chosen_at, zero_end, tables_at, state_at, problems_at, greater_at, equal_at,
+        tiles_at, places_at, marks_at, journal_at, sample_keys_at, sample_indices_at, pool_keys_at, pool_indices_at,
+        list_keys_at, list_indices_at;
 };
 
 static int64_t tags_of(const TopmTensor& t, bool with_params) {
@@ -105,9 +109,10 @@ static Layout lay_out(const TopmCall& call) {
             capacity = call.hooks & kHookOverflow ? 0 : room < double(size) ? int64_t(room) : size;
         }
         l.groups.insert(l.groups.end(), {m[g], size, s, l.samples, rank_a, rank_b, l.pool, capacity, l.list, first,
-                                         count, tensors[first].first, chunk, next - chunk});
+                                         count, tensors[first].first, chunk, next - chunk, l.journal});
         l.samples += s;
         l.pool += capacity;
+        l.journal += sampled ? m[g] : 0;
         l.list += s / 4 * kProblems;
         l.exact = l.exact || (!sampled && m[g] > 0);
         l.beyond_a_chunk = l.beyond_a_chunk || (!sampled && m[g] > 0 && next - chunk > 1);
@@ -115,6 +120,11 @@ static Layout lay_out(const TopmCall& call) {
         l.largest_pool = capacity > l.largest_pool ? capacity : l.largest_pool;
     }
     l.problems = num_groups * (l.samples > 0 ? kProblems : 1);
+    if (call.one_pass && call.indices != 0) {
+        const TopmTensor& last = tensors[n - 1];
+        l.rows = (last.first + last.numel) / kRow + n;
+        l.old_bytes = call.wide ? 8 : l.same[int(DType::bf16)] || l.same[int(DType::f16)] ? 2 : 4;
+    }
     const int64_t key = call.wide ? 8 : 4;
     const auto take = [&](int64_t bytes) {
         const int64_t at = l.bytes;
@@ -123,6 +133,7 @@ static Layout lay_out(const TopmCall& call) {
     };
     l.histogram_at = take(l.problems * kBins * 8);
     l.tickets_at = take((l.problems + 1) * 4);
+    l.chosen_at = take(l.rows * kRowWords * 4);
     l.zero_end = l.bytes;
     l.tables_at = take(int64_t(l.table.size() + l.groups.size()) * 8);
     l.state_at = take(num_groups * kStateWords * 8);
@@ -130,6 +141,9 @@ static Layout lay_out(const TopmCall& call) {
     l.greater_at = take(l.chunks * 4);
     l.equal_at = take(l.chunks * 4);
     l.tiles_at = take(((l.chunks + kStep - 1) / kStep + 1) * 8);
+    l.places_at = take(l.rows > 0 ? l.journal : 0);
+    l.marks_at = take(l.rows * 8);
+    l.journal_at = take(l.journal * l.old_bytes);
     l.sample_keys_at = take(l.samples * key);
     l.sample_indices_at = take(l.samples * 8);
     l.pool_keys_at = take(l.pool * key);
@@ -153,6 +167,11 @@ static View<Key> view_of(const TopmCall& call, const Layout& l) {
     v.greater = simt::global<int32_t>(call.scratch + l.greater_at, l.chunks);
     v.equal = simt::global<int32_t>(call.scratch + l.equal_at, l.chunks);
     v.tile_sums = words(l.tiles_at, (l.chunks + kStep - 1) / kStep + 1);
+    v.journal_places = simt::global<uint8_t>(call.scratch + l.places_at, l.rows > 0 ? l.journal : 0);
+    v.chosen = simt::global<uint32_t>(call.scratch + l.chosen_at, l.rows * kRowWords);
+    v.marks = words(l.marks_at, l.rows);
+    v.journal = call.scratch + l.journal_at;
+    v.journal_size = l.journal;
     v.sample_keys = simt::global<Key>(call.scratch + l.sample_keys_at, l.samples);
     v.sample_indices = words(l.sample_indices_at, l.samples);
     v.pool_keys = simt::global<Key>(call.scratch + l.pool_keys_at, l.pool);
@@ -196,6 +215,12 @@ class Launches {
     int error_ = 0;
 };
 
+// Blocks that go over the tensors for an exact select. Where all groups are sampled they nearly never have to: one
+// wave, which leaves at once.
+static int64_t walkers(const TopmCall& call, const Layout& l) {
+    return blocks_for(l.chunks, l.exact ? call.blocks : (call.blocks + 7) / 8);
+}
+
 template <class M, Output kOutput>
 static void launch_apply(Launches& run, const View<typename M::Key>& v, int64_t blocks) {
     run("topm_apply", blocks, topm_apply<M, kOutput>, v);
@@ -234,19 +259,20 @@ static int settle_as(const TopmCall& call, const Layout& l, const Target& target
             run("topm_bracket", groups * 2 * share_sample, topm_bracket<Key, false>, v, share_sample);
         run("topm_bracket", groups * 2 * share_sample, topm_bracket<Key, true>, v, share_sample);
         const int64_t passes = blocks_for(l.chunks, call.blocks);
-        if (call.one_pass)
-            run("topm_sweep", passes, topm_sweep<M, true>, v);
+        if (v.journaled())
+            run("topm_sweep", passes, topm_sweep<M, kEditAndNote>, v);
+        else if (call.one_pass)
+            run("topm_sweep", passes, topm_sweep<M, kEdit>, v);
         else
-            run("topm_sweep", passes, topm_sweep<M, false>, v);
+            run("topm_sweep", passes, topm_sweep<M, kLook>, v);
     }
-    // Where all are sampled the tensors are nearly never looked at again: one wave of blocks, which leave at once.
-    const int64_t walk = blocks_for(l.chunks, l.exact ? call.blocks : (call.blocks + 7) / 8);
+    const int64_t walk = walkers(call, l);
     const int steps = l.samples > 0 || l.beyond_a_chunk ? kDigits<Key> + 1 : l.exact ? 1 : 0;
     for (int step = 0; step < steps; ++step) {
         if (step == kDigits<Key> && share > 0) share = blocks_over(l.largest_pool, kThreads, groups);
         run("topm_settle", groups * share + walk, topm_settle<A>, v, step, share);
     }
-    if (call.one_pass && steps > 0) launch_apply<A, kEditOnly>(run, v, walk);
+    if (call.one_pass && !v.journaled() && steps > 0) launch_apply<A, kEditOnly>(run, v, walk);
     return run.error();
 }
 
@@ -256,38 +282,54 @@ static int apply_as(const TopmCall& call, const Layout& l, const Target& target)
     const int64_t blocks = blocks_for(l.chunks, call.blocks);
     Launches run(target);
     if (call.indices != 0)
-        run("topm_scan_chunks", (l.chunks + kStep - 1) / kStep, topm_scan_chunks<typename M::Key>, v);
+        run("topm_scan_chunks", (l.chunks + kStep - 1) / kStep + (v.journaled() ? walkers(call, l) : 0),
+            topm_scan_chunks<A>, v);
     if (call.select)
         launch_apply<A, kList>(run, v, blocks);
-    else if (call.indices != 0)
-        launch_apply<M, kEditRecord>(run, v, blocks);
+    else if (v.journaled())
+        run("topm_record", blocks, topm_record<typename M::Key, typename OldBits<M>::type>, v);
     else
         launch_apply<M, kEditOnly>(run, v, blocks);
     return run.error();
 }
 
-int64_t topm_scratch_bytes(const TopmCall& call) { return lay_out(call).bytes; }
-
-int topm_settle(const TopmCall& call, const Target& target) {
-    using Any = Mixed<float, uint32_t>;
-    using Wide = Mixed<double, uint64_t>;
-    const Layout l = lay_out(call);
-    if (call.wide) return settle_as<Wide, Wide>(call, l, target);
-    if (l.same[int(DType::bf16)]) return settle_as<Same<bf16_t>, Any>(call, l, target);
-    if (l.same[int(DType::f16)]) return settle_as<Same<f16_t>, Any>(call, l, target);
-    if (l.same[int(DType::f32)]) return settle_as<Same<float>, Any>(call, l, target);
-    return settle_as<Any, Any>(call, l, target);
+template <class M, class A>
+static int restore_as(const TopmCall& call, const Layout& l, const Target& target) {
+    using Key = typename M::Key;
+    const View<Key> v = view_of<Key>(call, l);
+    Launches run(target);
+    run("topm_restore", blocks_for(l.chunks, call.blocks), topm_restore<Key, typename OldBits<M>::type>, v);
+    return run.error();
 }
 
-int topm_apply(const TopmCall& call, const Target& target) {
+int64_t topm_scratch_bytes(const TopmCall& call) { return lay_out(call).bytes; }
+
+// Calls function(M{}, A{}), by the dtypes of the call.
+template <class Function>
+static int by_dtypes(const TopmCall& call, const Layout& l, const Function& function) {
     using Any = Mixed<float, uint32_t>;
     using Wide = Mixed<double, uint64_t>;
+    if (call.wide) return function(Wide{}, Wide{});
+    if (l.same[int(DType::bf16)]) return function(Same<bf16_t>{}, Any{});
+    if (l.same[int(DType::f16)]) return function(Same<f16_t>{}, Any{});
+    if (l.same[int(DType::f32)]) return function(Same<float>{}, Any{});
+    return function(Any{}, Any{});
+}
+
+int topm_settle(const TopmCall& call, const Target& target) {
+    constexpr int kInvalidValue = 1;  // cudaErrorInvalidValue
+    const bool record = call.indices != 0 && !call.select;
+    if (call.chunk % kRow != 0 || call.chunk > kLargestChunk || (record && !call.one_pass)) return kInvalidValue;
     const Layout l = lay_out(call);
-    if (call.wide) return apply_as<Wide, Wide>(call, l, target);
-    if (l.same[int(DType::bf16)]) return apply_as<Same<bf16_t>, Any>(call, l, target);
-    if (l.same[int(DType::f16)]) return apply_as<Same<f16_t>, Any>(call, l, target);
-    if (l.same[int(DType::f32)]) return apply_as<Same<float>, Any>(call, l, target);
-    return apply_as<Any, Any>(call, l, target);
+    return by_dtypes(call, l, [&](auto m, auto a) { return settle_as<decltype(m), decltype(a)>(call, l, target); });
+}
+int topm_apply(const TopmCall& call, const Target& target) {
+    const Layout l = lay_out(call);
+    return by_dtypes(call, l, [&](auto m, auto a) { return apply_as<decltype(m), decltype(a)>(call, l, target); });
+}
+int topm_restore(const TopmCall& call, const Target& target) {
+    const Layout l = lay_out(call);
+    return by_dtypes(call, l, [&](auto m, auto a) { return restore_as<decltype(m), decltype(a)>(call, l, target); });
 }
 
 }  // namespace cuda

@@ -15,12 +15,13 @@ struct TopmCall {
     int64_t tensors = 0, num_tensors = 0, m = 0;
     int64_t per_tensor = 0;  // each tensor is a group of its own, else all are one
     double scale = 1.0;
-    int64_t wide = 0;      // a tensor is float64: 64-bit keys
-    int64_t one_pass = 0;  // edit while looking; nothing is recorded or read back from what was edited
-    int64_t select = 0;    // list instead of editing
-    int64_t hooks = 0;     // TopmHook of cpu/topm.h, for tests
-    int64_t chunk = 0;     // elements per task, a multiple of 8; at least 8 and at most 2^16
-    int64_t blocks = 0;    // at most so many blocks in a pass over the data
+    int64_t wide = 0;  // a tensor is float64: 64-bit keys
+    int64_t one_pass =
+        0;               // edit while looking, as a record wants; without one nothing may be read back that was edited
+    int64_t select = 0;  // list instead of editing
+    int64_t hooks = 0;   // TopmHook of cpu/topm.h, for tests
+    int64_t chunk = 0;   // elements per task, a multiple of 256; at most 2^14
+    int64_t blocks = 0;  // at most so many blocks in a pass over the data
     // Device memory. Per tensor, written whole: threshold (float, or double when wide), int64 counters.
     int64_t threshold = 0, kept = 0, unchanged = 0, nonfinite = 0;
     // In order; 0 without a record. select: index in the tensor and delta; edit: index in the list and original bits,
@@ -31,7 +32,8 @@ struct TopmCall {
 
 int64_t topm_scratch_bytes(const TopmCall& call);
 int topm_settle(const TopmCall& call, const simt::Target& target);  // find what is selected; one_pass: edit it
-int topm_apply(const TopmCall& call, const simt::Target& target);   // then, unless one_pass: edit or list it
+int topm_apply(const TopmCall& call, const simt::Target& target);   // then, unless one_pass without a record: finish it
+int topm_restore(const TopmCall& call, const simt::Target& target);  // or, with one_pass and a record: undo the edit
 
 // params -= scale * values at indices. A damaged delta writes nothing and is flagged in `unchanged` per tensor: -1 an
 // index out of range or not ascending, -2 a value that is not finite, -3 a count out of range, -4 (at the first tensor)

@@ -1,15 +1,22 @@
-// 4 of topm.cu: edit or list what K holds.
+// 4 of topm.cu: edit or list what K holds. A record is of topm_journal.cuh.
 #pragma once
-#include "cuda/topm_exact.cuh"
+#include "cuda/topm_journal.cuh"
 
 namespace pse {
 namespace cuda {
 
-// For a record: where the entries of each chunk start, within a tile of kStep chunks, and where the tiles start.
-template <class Key>
-PSE_KERNEL(kThreads)
-topm_scan_chunks(View<Key> v) {
+// For a record or a list: where the entries of each chunk start, within a tile of kStep chunks, and where the tiles
+// start. For a record some blocks more come to choose_walk().
+template <class M>
+PSE_KERNEL(kThreads, kAnyOccupancy)
+topm_scan_chunks(View<typename M::Key> v) {
     after_earlier_launches();
+    using Key = typename M::Key;
+    const int64_t tiles = (v.num_chunks + kStep - 1) / kStep;
+    if (block() >= tiles) {
+        choose_walk<M>(v, block() - tiles, blocks() - tiles);
+        return;
+    }
     PSE_SHARED(int64_t, sums, kWarps);
     int64_t mine[kPer], sum = 0, total;
     for (int j = 0; j < kPer; ++j) {
@@ -36,19 +43,19 @@ topm_scan_chunks(View<Key> v) {
         at += mine[j];
     }
     if (thread() == 0) store(v.tile_sums, block(), total);
-    if (!last_block(v.tickets, v.launch_ticket(), uint32_t(blocks()))) return;
+    if (!last_block(v.tickets, v.launch_ticket(), uint32_t(tiles))) return;
     int64_t before = 0;
-    for (int64_t tile = 0; tile < blocks(); tile += kThreads) {
-        const bool inside = tile + thread() < blocks();
+    for (int64_t tile = 0; tile < tiles; tile += kThreads) {
+        const bool inside = tile + thread() < tiles;
         const int64_t here = inside ? load(v.tile_sums, tile + thread()) : 0;
         const int64_t start = before + scan_block(sums, here, &total);
         if (inside) store(v.tile_sums, tile + thread(), start);
         before += total;
     }
-    if (thread() == 0) store(v.tile_sums, blocks(), before);
+    if (thread() == 0) store(v.tile_sums, tiles, before);
 }
 
-enum Output { kEditOnly, kEditRecord, kList };
+enum Output { kEditOnly, kList };
 
 // Blocks per processor that the registers allow without spilling, on any architecture.
 template <class M, Output kOutput>
@@ -67,7 +74,7 @@ topm_apply(View<typename M::Key> v) {
     const auto flush = [&] {
         if (current < 0) return;
         add_count(v.kept, current, kept);
-        if (kOutput != kList) add_count(v.unchanged, current, unchanged);
+        if (kOutput == kEditOnly) add_count(v.unchanged, current, unchanged);
         kept = unchanged = 0;
     };
     const int64_t end = v.num_chunks * (block() + 1) / blocks();
@@ -80,7 +87,10 @@ topm_apply(View<typename M::Key> v) {
         }
         const Global<int64_t> state = v.state_of(part.group);
         const int64_t path = load(state, kPath);
-        if (v.one_pass != 0 && !is_exact(path)) continue;
+        if (v.one_pass != 0 && !is_exact(path)) {
+            c = last_chunk_of(v, part.group);
+            continue;
+        }
         const Edge<Key> k = edge_of(bound_at<Key>(state, kKKey), part.index);
         if (k.key == nothing<Key>().key) continue;
         const Edge<Key> done = edge_of(bound_at<Key>(state, kAKey), part.index);  // of use in kRest
@@ -92,39 +102,30 @@ topm_apply(View<typename M::Key> v) {
                     uint32_t chosen = held(source, entries, k, at);
                     if (path == kRest) chosen &= ~held(source, entries, done, at);
                     kept += count_bits(chosen);
-                    if constexpr (kOutput != kEditOnly) {
+                    if constexpr (kOutput == kList) {
                         int32_t total;
                         int64_t slot = place + scan_block(sums, int32_t(count_bits(chosen)), &total);
                         place += total;
                         for (uint32_t rest = chosen; rest != 0; rest &= rest - 1) {
                             const int j = lowest_bit(rest);
                             const int64_t i = part.local + at + j;
-                            store(simt::global<int64_t>(v.indices, v.record), slot, kOutput == kList ? i : t.first + i);
-                            if constexpr (kOutput == kEditRecord)
-                                put_bits(v.values, v.record, slot, v.value_bytes, param_bits(source, t, i));
-                            else if constexpr (sizeof(Key) == 8)
+                            store(simt::global<int64_t>(v.indices, v.record), slot, i);
+                            if constexpr (sizeof(Key) == 8)
                                 store(simt::global<double>(v.values, v.record), slot, double(pick(entries.delta, j)));
                             else
                                 store(simt::global<float>(v.values, v.record), slot, pick(entries.delta, j));
                             ++slot;
                         }
                     }
-                    if constexpr (kOutput != kList) {
+                    if constexpr (kOutput == kEditOnly) {
                         if (ballot(chosen != 0) != 0)
-                            unchanged += edit_eight(how, source, t, part.local + at, chosen, entries.delta, scale);
+                            unchanged += edit_eight(how, source, t, part.local + at, chosen, entries.delta, scale,
+                                                    KeepNothing{});
                     }
                 });
         });
     }
     flush();
-    if constexpr (kOutput == kEditRecord) {
-        // Fewer than m were eligible: -1 and 0 fill up.
-        const int64_t used = load(v.tile_sums, (v.num_chunks + kStep - 1) / kStep);
-        for (int64_t i = used + block() * kThreads + thread(); i < v.record; i += blocks() * kThreads) {
-            store(simt::global<int64_t>(v.indices, v.record), i, int64_t(-1));
-            put_bits(v.values, v.record, i, v.value_bytes, 0);
-        }
-    }
 }
 
 }  // namespace cuda

@@ -370,10 +370,11 @@ PSE_HD uint32_t round_word(double first, double second, T which) {
     return round_word(float(first), float(second), which);  // by way of fp32, as torch
 }
 
-// Edits one entry; returns 1 if it rounds to what it was. Lanes may come alone.
-template <class T, class Real>
-PSE_DEVICE int edit_entry(Global<T> params, int64_t i, Real delta, Real scale) {
+// Edits one entry; returns 1 if it rounds to what it was. Calls keep(x) with that. Lanes may come alone.
+template <class T, class Real, class Keep>
+PSE_DEVICE int edit_entry(Global<T> params, int64_t i, Real delta, Real scale, const Keep& keep) {
     T x = load(params, i);
+    keep(x);
     Real before, after;
     widen(x, &before);
     round_to(sub_rn(before, mul_rn(scale, delta)), &x);
@@ -382,10 +383,22 @@ PSE_DEVICE int edit_entry(Global<T> params, int64_t i, Real delta, Real scale) {
     return before == after ? 1 : 0;
 }
 
+// The same for params of any dtype.
+template <class Real, class Keep>
+PSE_DEVICE int edit_one(const TensorRow& t, int64_t i, Real delta, Real scale, const Keep& keep) {
+    const int tag = t.tag(0);
+    if (tag == int(DType::f32)) return edit_entry(simt::global<float>(t.params, t.numel), i, delta, scale, keep);
+    if (tag == int(DType::f16)) return edit_entry(simt::global<f16_t>(t.params, t.numel), i, delta, scale, keep);
+    if (tag == int(DType::bf16)) return edit_entry(simt::global<bf16_t>(t.params, t.numel), i, delta, scale, keep);
+    if constexpr (sizeof(Real) == 8) return edit_entry(simt::global<double>(t.params, t.numel), i, delta, scale, keep);
+    return 0;
+}
 // Edits the entries in the mask (bit j: entry i + j); whole warps call together. Only touched 32-byte sectors are
 // loaded and stored, whole: a partial one would make the L2 cache read it. Returns how many round to what they were.
-template <class T, class Step, class Real>
-PSE_DEVICE int edit_as(Step how, const TensorRow& t, int64_t i, uint32_t mask, const Eight<Real>& delta, Real scale) {
+// Calls keep.eight(x) with what all were, or keep.one(j, x) with what each of them was.
+template <class T, class Step, class Real, class Keep>
+PSE_DEVICE int edit_as(Step how, const TensorRow& t, int64_t i, uint32_t mask, const Eight<Real>& delta, Real scale,
+                       const Keep& keep) {
     const Global<T> params = simt::global<T>(t.params, t.numel);
     // Eight of 32 bits are a sector, of 16 bits those of a pair of lanes.
     if constexpr (Step::value && sizeof(T) <= 4) {
@@ -394,6 +407,7 @@ PSE_DEVICE int edit_as(Step how, const TensorRow& t, int64_t i, uint32_t mask, c
         if (!touched) return 0;
         Packed<T> x;
         load_packed(how, simt::global<const T>(t.params, t.numel), i, kPer, &x);
+        keep.eight(x);
         const uint32_t spread = mask | mask << 15;  // the mask of elements 2 w and 2 w + 1 in bits 2 w and 2 w + 16
         uint32_t same = 0;
         PSE_UNROLL
@@ -422,46 +436,43 @@ PSE_DEVICE int edit_as(Step how, const TensorRow& t, int64_t i, uint32_t mask, c
         PSE_UNROLL
         for (int j = 0; j < kPer; ++j) {
             if (((mask >> j) & 1u) == 0) continue;
-            unchanged += edit_entry(params, i + j, delta.at[j], scale);
+            unchanged += edit_entry(params, i + j, delta.at[j], scale, [&](T x) { keep.one(j, x); });
         }
         return unchanged;
     }
 }
 
-template <class Step, class T>
+template <class Step, class T, class Keep>
 PSE_DEVICE int edit_eight(Step how, Same<T>, const TensorRow& t, int64_t i, uint32_t mask, const Eight<float>& delta,
-                          float scale) {
-    return edit_as<T>(how, t, i, mask, delta, scale);
+                          float scale, const Keep& keep) {
+    return edit_as<T>(how, t, i, mask, delta, scale, keep);
 }
-template <class Step, class Real, class Key>
+template <class Step, class Real, class Key, class Keep>
 PSE_DEVICE int edit_eight(Step how, Mixed<Real, Key>, const TensorRow& t, int64_t i, uint32_t mask,
-                          const Eight<Real>& delta, Real scale) {
-    if (t.tag(0) == int(DType::f32)) return edit_as<float>(how, t, i, mask, delta, scale);
-    if (t.tag(0) == int(DType::f16)) return edit_as<f16_t>(how, t, i, mask, delta, scale);
-    if (t.tag(0) == int(DType::bf16)) return edit_as<bf16_t>(how, t, i, mask, delta, scale);
-    if constexpr (sizeof(Real) == 8) return edit_as<double>(how, t, i, mask, delta, scale);
+                          const Eight<Real>& delta, Real scale, const Keep& keep) {
+    if (t.tag(0) == int(DType::f32)) return edit_as<float>(how, t, i, mask, delta, scale, keep);
+    if (t.tag(0) == int(DType::f16)) return edit_as<f16_t>(how, t, i, mask, delta, scale, keep);
+    if (t.tag(0) == int(DType::bf16)) return edit_as<bf16_t>(how, t, i, mask, delta, scale, keep);
+    if constexpr (sizeof(Real) == 8) return edit_as<double>(how, t, i, mask, delta, scale, keep);
     return 0;
 }
+struct KeepNothing {
+    template <class X>
+    PSE_METHOD void operator()(X) const {}
+    template <class X>
+    PSE_METHOD void eight(const X&) const {}
+    template <class X>
+    PSE_METHOD void one(int, X) const {}
+};
 
-// The bits of one param.
-PSE_DEVICE int64_t param_bits(const TensorRow& t, int64_t i) {
-    if (t.tag(0) == int(DType::f32)) return bits_of(load(simt::global<const float>(t.params, t.numel), i));
-    if (t.tag(0) == int(DType::f16)) return bits_of(load(simt::global<const f16_t>(t.params, t.numel), i));
-    if (t.tag(0) == int(DType::bf16)) return bits_of(load(simt::global<const bf16_t>(t.params, t.numel), i));
-    return bits_of(load(simt::global<const double>(t.params, t.numel), i));
-}
-template <class T>
-PSE_DEVICE int64_t param_bits(Same<T>, const TensorRow& t, int64_t i) {
-    return bits_of(load(simt::global<const T>(t.params, t.numel), i));
-}
-template <class Real, class Key>
-PSE_DEVICE int64_t param_bits(Mixed<Real, Key>, const TensorRow& t, int64_t i) {
-    return param_bits(t, i);
-}
 PSE_DEVICE void put_bits(int64_t address, int64_t count, int64_t place, int64_t bytes, int64_t bits) {
     if (bytes == 2) store(simt::global<int16_t>(address, count), place, int16_t(bits));
     if (bytes == 4) store(simt::global<int32_t>(address, count), place, int32_t(bits));
     if (bytes == 8) store(simt::global<int64_t>(address, count), place, bits);
+}
+PSE_DEVICE void put_param(const TensorRow& t, int64_t i, int64_t bits) {
+    const int64_t bytes = t.tag(0) == int(DType::f64) ? 8 : t.tag(0) == int(DType::f32) ? 4 : 2;
+    put_bits(t.params, t.numel, i, bytes, bits);
 }
 
 // ---- sums over a block; every thread takes part
@@ -472,14 +483,20 @@ PSE_DEVICE T warp_sum(T x) {
     return shuffle(x, 0);
 }
 
+// The sum of x over the lanes up to this one.
+template <class T>
+PSE_DEVICE T scan_warp(T x) {
+    for (int by = 1; by < kWarp; by *= 2) {
+        const T other = shuffle_up(x, by);
+        if (lane() >= by) x += other;
+    }
+    return x;
+}
+
 // The sum of x over the threads before this one; `total` is over all. `sums` holds kWarps values.
 template <class T>
 PSE_DEVICE T scan_block(Shared<T> sums, T x, T* total) {
-    T inclusive = x;
-    for (int by = 1; by < kWarp; by *= 2) {
-        const T other = shuffle_up(inclusive, by);
-        if (lane() >= by) inclusive += other;
-    }
+    const T inclusive = scan_warp(x);
     sync_block();  // the sums of an earlier scan have been read
     if (lane() == kWarp - 1) store(sums, warp(), inclusive);
     sync_block();

@@ -19,12 +19,40 @@ struct Run {
     int64_t group, begin, end, blocks;
 };
 
-// The entries of this group that are not selected yet: those that this edge does not hold.
+// What of a chunk is edited already, and not to be selected again: what A holds. A journal says it without a look at
+// the edited, which may be what base or tuned are.
 template <class Key>
-PSE_DEVICE Edge<Key> done_of(const View<Key>& v, int64_t g, int64_t first) {
-    const Global<int64_t> state = v.state_of(g);
-    const int64_t path = load(state, kPath);
-    return edge_of(path == kRest ? bound_at<Key>(state, kAKey) : nothing<Key>(), first);
+struct Done {
+    Edge<Key> edge;
+    int64_t row;  // in the journal; -1: there is none
+};
+template <class Key>
+PSE_DEVICE Done<Key> done_of(const View<Key>& v, const TensorRow& t, const Part& part) {
+    const Global<int64_t> state = v.state_of(part.group);
+    const bool rest = load(state, kPath) == kRest;
+    return {edge_of(rest ? bound_at<Key>(state, kAKey) : nothing<Key>(), part.index),
+            rest && v.journaled() ? row_of(t, part.tensor, part.local) : int64_t(-1)};
+}
+// Bit j: entry j of this thread's `mine`, at this place of the chunk, is edited already.
+template <class Key, class Source>
+PSE_DEVICE uint32_t already(const View<Key>& v, const Done<Key>& done, Source source,
+                            const typename Source::Entries& entries, int at, int mine) {
+    if (done.row < 0) return held(source, entries, done.edge, at);
+    return mine > 0 ? (load(v.chosen, done.row * kRowWords + at / 32) >> (at % 32)) & 0xffu : 0u;
+}
+// Sets the bits that already() reads, of a run of chunks, out of the journal.
+template <class Key>
+PSE_DEVICE void spread_journal(const View<Key>& v, const Run& run) {
+    for (int64_t c = run.begin; c < run.end; ++c) {
+        TensorRow t;
+        const Part part = part_of(v, c, &t);
+        for (int at = warp() * kRow; at < part.n; at += kStep) {
+            const int64_t row = row_of(t, part.tensor, part.local + at), mark = load(v.marks, row);
+            for (int i = lane(); i < entries_of_mark(mark); i += kWarp)
+                set_bit(v.chosen, row, int(load(v.journal_places, slot_of_mark(mark) + i)));
+        }
+    }
+    sync_block();
 }
 
 // Adds the next digit of every key in the range. Entries without a delta (key 1: six of seven where a checkpoint was
@@ -49,12 +77,12 @@ PSE_DEVICE void count_digits(const View<Key>& v, const Run& run, const Problem<K
         const Part part = part_of(v, c, &t);
         if (part.tensor != tensor) flush();
         tensor = part.tensor;
-        const Edge<Key> done = done_of(v, run.group, part.index);
+        const Done<Key> done = done_of(v, t, part);
         with_source(M{}, t, [&](auto source) {
-            for_each_step(source, t, part.local, part.n, [&](auto, int at, int, int none, const auto& entries) {
+            for_each_step(source, t, part.local, part.n, [&](auto, int at, int n, int none, const auto& entries) {
                 const Eight<Key>& key = entries.key;
                 excluded += none;
-                const uint32_t left_out = held(source, entries, done, at);
+                const uint32_t left_out = already(v, done, source, entries, at, n);
                 int bin = 0;
                 uint32_t equal = 0;  // neighbours are counted at once
                 PSE_UNROLL
@@ -92,22 +120,22 @@ PSE_DEVICE void settle_digit(const View<Key>& v, int64_t g, Problem<Key> x, bool
         close_problem(v, g, kK, nothing<Key>());
 }
 
-// How many entries of each chunk have K's key, and how many a larger one.
+// How many entries of each chunk have K's key, and how many a larger one (or are edited already).
 template <class M, class Key = typename M::Key>
 PSE_DEVICE void count_ties(const View<Key>& v, const Run& run, Key wanted, Shared<int64_t> sums) {
     for (int64_t c = run.begin; c < run.end; ++c) {
         TensorRow t;
         const Part part = part_of(v, c, &t);
-        const Edge<Key> done = done_of(v, run.group, part.index);
+        const Done<Key> done = done_of(v, t, part);
         int64_t both = 0;  // ties in the low half, larger keys in the high half
         with_source(M{}, t, [&](auto source) {
-            for_each_step(source, t, part.local, part.n, [&](auto, int at, int, int, const auto& entries) {
+            for_each_step(source, t, part.local, part.n, [&](auto, int at, int n, int, const auto& entries) {
                 const Eight<Key>& key = entries.key;
-                const uint32_t left_out = held(source, entries, done, at);
+                const uint32_t left_out = already(v, done, source, entries, at, n);
                 PSE_UNROLL
                 for (int j = 0; j < kPer; ++j) {
-                    const bool tied = key.at[j] == wanted && ((left_out >> j) & 1u) == 0;
-                    both += tied ? 1 : key.at[j] > wanted ? int64_t(1) << 32 : 0;
+                    const bool counted = ((left_out >> j) & 1u) == 0;
+                    both += !counted ? 0 : key.at[j] == wanted ? 1 : key.at[j] > wanted ? int64_t(1) << 32 : 0;
                 }
             });
         });
@@ -115,7 +143,8 @@ PSE_DEVICE void count_ties(const View<Key>& v, const Run& run, Key wanted, Share
         scan_block(sums, both, &total);
         if (thread() == 0) {
             store(v.equal, c, int32_t(total & 0xffffffff));
-            store(v.greater, c, int32_t(total >> 32));
+            const int32_t edited = done.row < 0 ? 0 : load(v.greater, c);  // by the sweep; a call comes here once
+            store(v.greater, c, edited + int32_t(total >> 32));
         }
     }
 }
@@ -141,15 +170,15 @@ PSE_DEVICE void find_tie(const View<Key>& v, int64_t g, const Problem<Key>& x, S
     const int64_t c = load(found, 0), ties = load(found, 1);
     TensorRow t;
     const Part part = part_of(v, c, &t);
-    const Edge<Key> done = done_of(v, g, part.index);
+    const Done<Key> done = done_of(v, t, part);
     int64_t seen = 0;
     with_source(M{}, t, [&](auto source) {
-        for_each_step(source, t, part.local, part.n, [&](auto, int at, int, int, const auto& entries) {
+        for_each_step(source, t, part.local, part.n, [&](auto, int at, int n, int, const auto& entries) {
             const Eight<Key>& key = entries.key;
             uint32_t tied = 0;
             PSE_UNROLL
             for (int j = 0; j < kPer; ++j) tied |= uint32_t(key.at[j] == x.key ? 1 : 0) << j;
-            tied &= ~held(source, entries, done, at);
+            tied &= ~already(v, done, source, entries, at, n);
             int64_t total, place = seen + scan_block(sums, int64_t(count_bits(tied)), &total);
             seen += total;
             for (int j = 0; j < kPer; ++j) {
@@ -203,6 +232,7 @@ PSE_DEVICE void exact_walk(const View<Key>& v, int step, int64_t slice, int64_t 
         const Run run = {g, c, behind < end ? behind : end, owner(behind - 1) - owner(first) + 1};
         c = run.end;
         if (!is_exact(path)) continue;
+        if (step == 0 && path == kRest && v.journaled()) spread_journal(v, run);
         const int last = run.blocks == 1 ? kDigits<Key> : step;
         for (int s = step; s <= last; ++s) exact_step<M>(v, run, s, room);
     }

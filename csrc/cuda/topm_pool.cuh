@@ -1,37 +1,34 @@
-// 4 of topm.cu, for groups whose candidates are settled. one_pass: the chosen candidates are edited. Else, where a
-// record is wanted, they are counted for it.
+// 4 of topm.cu, for groups whose candidates are settled. Where a record or a list is wanted, the chosen candidates are
+// counted for it, and marked for topm_record. Else, with one_pass, they are edited.
 #pragma once
 #include "cuda/topm_view.cuh"
 
 namespace pse {
 namespace cuda {
 
-// Edits one candidate; returns 1 if it rounds to what it was. Lanes may come alone.
-template <class T, class Real, class Key>
-PSE_DEVICE int edit_candidate(const TensorRow& t, int64_t local, Key signed_key, Real scale) {
-    Real delta = Real(signed_score(signed_key));
-    if (t.tag(3) != kNoImportance) {
-        Eight<Real> base, tuned;
-        load_any(Ragged{}, t.tag(1), t.base, t.numel, local, 1, &base);
-        load_any(Ragged{}, t.tag(2), t.tuned, t.numel, local, 1, &tuned);
-        delta = sub_rn(tuned.at[0], base.at[0]);
-    }
-    return edit_entry(simt::global<T>(t.params, t.numel), local, delta, scale);
+template <class Real>
+PSE_DEVICE Real delta_of(const TensorRow& t, int64_t i) {
+    Eight<Real> base, tuned;
+    load_any(Ragged{}, t.tag(1), t.base, t.numel, i, 1, &base);
+    load_any(Ragged{}, t.tag(2), t.tuned, t.numel, i, 1, &tuned);
+    return sub_rn(tuned.at[0], base.at[0]);
 }
-template <class Real, class Key>
-PSE_DEVICE int edit_candidate_as(const TensorRow& t, int64_t local, Key signed_key, Real scale) {
-    if (t.tag(0) == int(DType::f32)) return edit_candidate<float>(t, local, signed_key, scale);
-    if (t.tag(0) == int(DType::f16)) return edit_candidate<f16_t>(t, local, signed_key, scale);
-    if (t.tag(0) == int(DType::bf16)) return edit_candidate<bf16_t>(t, local, signed_key, scale);
-    if constexpr (sizeof(Real) == 8) return edit_candidate<double>(t, local, signed_key, scale);
-    return 0;
-}
-template <class Key>
-PSE_DEVICE int edit_any_candidate(const TensorRow& t, int64_t local, Key signed_key, double scale) {
+template <class Key, class Keep>
+PSE_DEVICE int edit_chosen(const TensorRow& t, int64_t i, double scale, const Keep& keep) {
     if constexpr (sizeof(Key) == 8) {
-        if (t.in_double()) return edit_candidate_as<double>(t, local, signed_key, scale);
+        if (t.in_double()) return edit_one(t, i, delta_of<double>(t, i), scale, keep);
     }
-    return edit_candidate_as<float>(t, local, signed_key, float(scale));
+    return edit_one(t, i, delta_of<float>(t, i), float(scale), keep);
+}
+// By its key alone, where that is the delta.
+template <class Key>
+PSE_DEVICE int edit_candidate(const TensorRow& t, int64_t i, Key signed_key, double scale) {
+    if (t.tag(3) != kNoImportance) return edit_chosen<Key>(t, i, scale, KeepNothing{});
+    const double delta = signed_score(signed_key);
+    if constexpr (sizeof(Key) == 8) {
+        if (t.in_double()) return edit_one(t, i, delta, scale, KeepNothing{});
+    }
+    return edit_one(t, i, float(delta), float(scale), KeepNothing{});
 }
 
 // By `share` blocks of which this is one.
@@ -51,12 +48,13 @@ PSE_DEVICE void close_pool(const View<Key>& v, int64_t g, int64_t slice, int64_t
         const int64_t tensor = v.per_tensor != 0 ? g : find_row(v.table, kTensorWords, kFirst, v.num_tensors, index);
         const TensorRow t = tensor_row(v.table, tensor);
         const int64_t local = v.per_tensor != 0 ? index : index - t.first;
-        if (v.one_pass == 0) {
+        if (v.ordered != 0) {
             if (chosen) atomic_add(v.greater, t.first_chunk + local / v.chunk, int32_t(1));
+            if (chosen && v.journaled()) set_bit(v.chosen, row_of(t, tensor, local), int(local % kRow));
             continue;
         }
         int same = 0;
-        if (chosen) same = edit_any_candidate(t, local, signed_key, v.scale);
+        if (chosen) same = edit_candidate(t, local, signed_key, v.scale);
         // Candidates of a chunk lie together, so a warp's are nearly always of one tensor.
         const int64_t leader = shuffle(tensor, 0);
         if (ballot(tensor == leader || !chosen) == kAllLanes) {

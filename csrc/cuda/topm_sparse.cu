@@ -81,22 +81,6 @@ PSE_KERNEL(kThreads) sparse_check(SparseView v, Global<uint32_t> found) {
     }
 }
 
-template <class T, class Real>
-PSE_DEVICE int subtract_entry(const SparseView& v, const TensorRow& t, int64_t index, Real delta, int64_t* bits) {
-    const Global<T> params = simt::global<T>(t.params, t.numel);
-    const T before = load(params, index);
-    *bits = bits_of(before);
-    return edit_entry(params, index, delta, Real(v.scale));
-}
-template <class Real>
-PSE_DEVICE int subtract_any(const SparseView& v, const TensorRow& t, int64_t index, Real delta, int64_t* bits) {
-    if (t.tag(0) == int(DType::f32)) return subtract_entry<float>(v, t, index, delta, bits);
-    if (t.tag(0) == int(DType::f16)) return subtract_entry<f16_t>(v, t, index, delta, bits);
-    if (t.tag(0) == int(DType::bf16)) return subtract_entry<bf16_t>(v, t, index, delta, bits);
-    if constexpr (sizeof(Real) == 8) return subtract_entry<double>(v, t, index, delta, bits);
-    return 0;
-}
-
 // 3
 PSE_KERNEL(kThreads) sparse_apply(SparseView v, Global<uint32_t> found) {
     after_earlier_launches();
@@ -125,8 +109,9 @@ PSE_KERNEL(kThreads) sparse_apply(SparseView v, Global<uint32_t> found) {
             const int64_t index = load(v.indices, e);
             const double value = value_of(v, e);
             int64_t bits = 0;
-            same = t.in_double() ? subtract_any<double>(v, t, index, value, &bits)
-                                 : subtract_any<float>(v, t, index, float(value), &bits);
+            const auto keep = [&](auto x) { bits = bits_of(x); };
+            same = t.in_double() ? edit_one(t, index, value, v.scale, keep)
+                                 : edit_one(t, index, float(value), float(v.scale), keep);
             if (v.undo_indices != 0) {
                 store(simt::global<int64_t>(v.undo_indices, v.size), e, t.first + index);
                 put_bits(v.undo_bits, v.size, e, v.bits_bytes, bits);

@@ -1,11 +1,11 @@
-// 2 of topm.cu: one pass over the tensors counts what A holds (one_pass: edits it) and collects what B holds beyond A.
+// 2 of topm.cu: one pass over the tensors counts what A holds (one_pass: edits it, and notes it where a record is
+// wanted) and collects what B holds beyond A.
 #pragma once
+#include "cuda/topm_journal.cuh"
 #include "cuda/topm_rank.cuh"
 
 namespace pse {
 namespace cuda {
-
-constexpr int kStage = 1024;  // candidates that a block holds back: 2 % of a chunk is 330
 
 // What the counts say about a group that has been swept. One thread.
 template <class Key>
@@ -53,24 +53,41 @@ PSE_DEVICE void decide(const View<Key>& v, int64_t g) {
     store(state, kPath, int64_t(path));
 }
 
+enum Sweep { kLook, kEdit, kEditAndNote };
+
+// Candidates that a block holds back: 2 % of a chunk is 330. Beside the journal of 64-bit params there is room for
+// less.
+template <class M, Sweep kSweep>
+constexpr int kStage = IsWide<M>::value && kSweep == kEditAndNote ? 512 : 1024;
+
 // Blocks per processor that the registers allow without spilling, on any architecture.
-template <class M, bool kEdit>
+template <class M, Sweep kSweep>
 constexpr int kSweepers = 2;
 template <class T>
-constexpr int kSweepers<Same<T>, false> = 3;
+constexpr int kSweepers<Same<T>, kLook> = 3;
 template <>
-constexpr int kSweepers<Same<bf16_t>, true> = 3;
+constexpr int kSweepers<Same<bf16_t>, kEdit> = 3;
+template <class R, class K>
+constexpr int kSweepers<Mixed<R, K>, kEditAndNote> = kAnyOccupancy;
 
-template <class M, bool kEdit>
-PSE_KERNEL(kThreads, (kSweepers<M, kEdit>))
+template <class M, Sweep kSweep>
+PSE_KERNEL(kThreads, (kSweepers<M, kSweep>))
 topm_sweep(View<typename M::Key> v) {
     after_earlier_launches();
     using Key = typename M::Key;
-    PSE_SHARED(Key, stage_keys, kStage);
-    PSE_SHARED(int64_t, stage_indices, kStage);
+    constexpr int kHeld = kStage<M, kSweep>;
+    PSE_SHARED(Key, stage_keys, kHeld);
+    PSE_SHARED(int64_t, stage_indices, kHeld);
     PSE_SHARED(uint32_t, staged, 1);
     PSE_SHARED(int64_t, slot, 1);
     PSE_SHARED(int, sums, kWarps);
+    using Old = typename OldBits<M>::type;
+    constexpr int kNoted = kSweep == kEditAndNote ? kWarps * kRow : 1;
+    PSE_SHARED(uint8_t, noted_places, kNoted);
+    PSE_SHARED(Old, noted_old, kNoted);
+    PSE_COPIED_SHARED(Old, noted_row, kNoted);
+    const int here = kSweep == kEditAndNote ? warp() * kRow : 0;
+    Journal<Old> journal(noted_places + here, noted_old + here, noted_row + here);
     if (thread() == 0) store(staged, 0, 0u);
     sync_block();
     int64_t current = -1;
@@ -81,8 +98,9 @@ topm_sweep(View<typename M::Key> v) {
         add_count(v.state, g * kStateWords + kAbove, above_count);
         add_count(v.state, g * kStateWords + kExcluded, excluded);
         add_count(v.nonfinite, current, excluded);
-        if (kEdit) add_count(v.kept, current, above_count);
-        if (kEdit) add_count(v.unchanged, current, unchanged);
+        if (kSweep != kLook) add_count(v.kept, current, above_count);
+        if (kSweep != kLook) add_count(v.unchanged, current, unchanged);
+        if constexpr (kSweep == kEditAndNote) journal.close(v, g);
         above_count = unchanged = excluded = 0;
     };
     const int64_t end = v.num_chunks * (block() + 1) / blocks();
@@ -102,37 +120,49 @@ topm_sweep(View<typename M::Key> v) {
         int above_here = 0;
         with_source(M{}, t, [&](auto source) {
             [[maybe_unused]] const auto scale = v.template scale_as<typename decltype(source)::Real>();
-            for_each_step(source, t, part.local, part.n,
-                          [&]([[maybe_unused]] auto how, int at, int, int none, const auto& entries) {
-                              excluded += none;
-                              const uint32_t above = held(source, entries, a, at);
-                              above_here += count_bits(above);
-                              if constexpr (kEdit) {
-                                  if (ballot(above != 0) != 0)
-                                      unchanged +=
-                                          edit_eight(how, source, t, part.local + at, above, entries.delta, scale);
-                              }
-                              uint32_t band = held(source, entries, b, at) & ~above;
-                              for (; band != 0; band &= band - 1) {
-                                  const int j = lowest_bit(band);
-                                  const Key key = signed_key(source, entries, j);
-                                  const int64_t index = part.index + at + j;
-                                  const uint32_t place = atomic_add(staged, 0, 1u);
-                                  if (place < kStage) {
-                                      store(stage_keys, int(place), key);
-                                      store(stage_indices, int(place), index);
-                                  } else {  // a chunk full of candidates
-                                      const int64_t free = atomic_add(state, kWithin, int64_t(1));
-                                      if (free < room) store(v.pool_keys, pool + free, key);
-                                      if (free < room) store(v.pool_indices, pool + free, index);
-                                  }
-                              }
-                          });
+            for_each_step(
+                source, t, part.local, part.n,
+                [&]([[maybe_unused]] auto how, int at, [[maybe_unused]] int mine, int none, const auto& entries) {
+                    excluded += none;
+                    const uint32_t above = held(source, entries, a, at);
+                    above_here += count_bits(above);
+                    if constexpr (kSweep == kEditAndNote) {
+                        // A row beyond the end is another chunk's.
+                        if (ballot(mine > 0) != 0)
+                            journal.open_row(v, part.group, row_of(t, part.tensor, part.local + at), above);
+                    }
+                    if (kSweep != kLook && ballot(above != 0) != 0) {
+                        const auto edit = [&](const auto& keep) {
+                            return edit_eight(how, source, t, part.local + at, above, entries.delta, scale, keep);
+                        };
+                        if constexpr (kSweep == kEditAndNote) {
+                            unchanged += edit(journal);
+                            journal.close_row();
+                        } else {
+                            unchanged += edit(KeepNothing{});
+                        }
+                    }
+                    uint32_t band = held(source, entries, b, at) & ~above;
+                    for (; band != 0; band &= band - 1) {
+                        const int j = lowest_bit(band);
+                        const Key key = signed_key(source, entries, j);
+                        const int64_t index = part.index + at + j;
+                        const uint32_t place = atomic_add(staged, 0, 1u);
+                        if (place < kHeld) {
+                            store(stage_keys, int(place), key);
+                            store(stage_indices, int(place), index);
+                        } else {  // a chunk full of candidates
+                            const int64_t free = atomic_add(state, kWithin, int64_t(1));
+                            if (free < room) store(v.pool_keys, pool + free, key);
+                            if (free < room) store(v.pool_indices, pool + free, index);
+                        }
+                    }
+                });
         });
         above_count += above_here;
         sync_block();
         const uint32_t all = load(staged, 0);
-        const int full = int(all < kStage ? all : kStage);
+        const int full = int(all < kHeld ? all : kHeld);
         sync_block();
         if (full > 0) {
             if (thread() == 0) {

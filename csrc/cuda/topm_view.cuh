@@ -12,6 +12,9 @@ namespace cuda {
 constexpr int kDigitBits = 11;
 constexpr int kBins = 1 << kDigitBits;
 constexpr int kBinsPer = kBins / kThreads;
+constexpr int kRow = kWarp * kPer;  // neighbours that a warp has in a step
+constexpr int kRowWords = kRow / 32;
+constexpr int kLargestChunk = 1 << 14;  // a multiple of rows
 
 // What is still to be done for a group.
 enum Path : int64_t {
@@ -30,12 +33,13 @@ enum StateWord {
     kAIndex,
     kBKey,
     kBIndex,
-    kAbove,     // sweep: held by A
-    kWithin,    // sweep: candidates, whether or not there was room
-    kExcluded,  // may not be selected
-    kTieChunk,  // entries of key K count before this chunk,
-    kTieTaken,  // so many of them in it, none after
-    kSwept,     // kExcluded is complete
+    kAbove,      // sweep: held by A
+    kWithin,     // sweep: candidates, whether or not there was room
+    kExcluded,   // may not be selected
+    kTieChunk,   // entries of key K count before this chunk,
+    kTieTaken,   // so many of them in it, none after
+    kSwept,      // kExcluded is complete
+    kJournaled,  // entries that have a place in the journal
     kStateWords
 };
 enum GroupWord {
@@ -53,6 +57,7 @@ enum GroupWord {
     kGroupFirst,
     kGroupChunk,
     kGroupChunks,
+    kJournalFirst,
     kGroupWords
 };
 // Which place a problem is to find.
@@ -80,6 +85,11 @@ struct View {
     Global<uint32_t> tickets;                    // of each problem, then of whole launches
     Global<int32_t> greater, equal;              // per chunk: selected whatever the ties, and of key K
     Global<int64_t> tile_sums;
+    // topm_journal.cuh: of every entry, of every row, of every edited entry.
+    Global<uint32_t> chosen;
+    Global<int64_t> marks;
+    Global<uint8_t> journal_places;
+    int64_t journal, journal_size;
     Global<K> sample_keys, pool_keys, list_keys;
     Global<int64_t> sample_indices, pool_indices, list_indices;
     Global<int64_t> kept, unchanged, nonfinite;
@@ -94,6 +104,7 @@ struct View {
     PSE_HD Real scale_as() const {
         return sizeof(Real) == 8 ? Real(scale) : Real(scale_f32);
     }
+    PSE_HD bool journaled() const { return one_pass != 0 && ordered != 0; }
     PSE_HD Global<int64_t> state_of(int64_t g) const { return state + g * kStateWords; }
     PSE_HD Global<const int64_t> group(int64_t g) const { return groups + g * kGroupWords; }
     PSE_HD int64_t problem(int64_t g, int which) const { return g * problems_each + which; }
@@ -147,6 +158,22 @@ PSE_DEVICE Part part_of(const View<Key>& v, int64_t chunk, TensorRow* t) {
     return {tensor, v.per_tensor != 0 ? tensor : 0, local, local + (v.per_tensor != 0 ? 0 : t->first),
             int(left < v.chunk ? left : v.chunk)};
 }
+template <class Key>
+PSE_DEVICE int64_t last_chunk_of(const View<Key>& v, int64_t g) {
+    return load(v.group(g), kGroupChunk) + load(v.group(g), kGroupChunks) - 1;
+}
+// The row of an entry: every tensor begins a new one, so that a chunk, a multiple of kRow, has whole ones.
+PSE_DEVICE int64_t row_of(const TensorRow& t, int64_t tensor, int64_t local) {
+    return t.first / kRow + tensor + local / kRow;
+}
+PSE_DEVICE void set_bit(Global<uint32_t> words, int64_t row, int place) {
+    atomic_or(words, row * kRowWords + place / 32, 1u << (place % 32));
+}
+// A row's part of the journal, in one word.
+PSE_HD int64_t mark_of(int64_t slot, int entries) { return slot << 9 | entries; }
+PSE_HD int64_t slot_of_mark(int64_t mark) { return mark >> 9; }
+PSE_HD int entries_of_mark(int64_t mark) { return int(mark & 511); }
+
 template <class Key>
 PSE_DEVICE void put_threshold(const View<Key>& v, int64_t tensor, double score) {
     if constexpr (sizeof(Key) == 8)

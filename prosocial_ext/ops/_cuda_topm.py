@@ -10,6 +10,7 @@ from torch import Tensor
 from prosocial_ext.ops import _cuda, _native
 from prosocial_ext.ops._in_place import copy_back, may_edit_while_looking
 from prosocial_ext.reference import topm as _definition
+from prosocial_ext.reference.flags import MISSED
 from prosocial_ext.reference.results import bump_versions
 
 __all__ = ["select_cuda", "sparse_cuda", "subtract_cuda"]
@@ -36,15 +37,15 @@ def subtract_cuda(
     """
     if check_finite:
         _refuse_capture(params[0], "topm_subtract_ with check_finite=True", "Pass check_finite=False.")
-    one_pass = not (check_finite or undo) and may_edit_while_looking(params, base, tuned, scale)
-    prepared = _Prepared(params, base, tuned, importance, m, per_tensor, scale, one_pass=one_pass, hooks=hooks)
     size = sum(m) if undo else 0
+    one_pass = size > 0 or (not check_finite and may_edit_while_looking(params, base, tuned, scale))
+    prepared = _Prepared(params, base, tuned, importance, m, per_tensor, scale, one_pass=one_pass, hooks=hooks)
     bits = _definition.bits_dtype([p.dtype for p in params])
     record = prepared.record(size, bits)
     prepared.settle()
     if check_finite:
         prepared.refuse_nonfinite()
-    if not one_pass:
+    if size or not one_pass:
         prepared.apply()
     copy_back(params, prepared.written)
     bump_versions(params)
@@ -169,8 +170,19 @@ class _Prepared:
         _cuda.checked(_cuda.launchers.topm_apply(self.call, *_cuda.target(self.base[0])))
 
     def refuse_nonfinite(self) -> None:
-        """Read the counts back, and raise for the first tensor with entries that cannot be ranked."""
-        for i, count in enumerate(self.nonfinite.tolist()):
+        """Read the counts back, and raise for the first tensor with entries that cannot be ranked.
+
+        What `settle` has edited is put back before that, and before anything that ends the wait, such as Ctrl-C.
+        """
+        counts: list[int] = []
+        try:
+            counts = self.nonfinite.tolist()
+        finally:
+            if self.call.one_pass and (not counts or any(counts)):
+                _cuda.checked(_cuda.launchers.topm_restore(self.call, *_cuda.target(self.base[0])))
+        if any(count < 0 for count in counts):
+            raise RuntimeError(MISSED)
+        for i, count in enumerate(counts):
             if count == 0:
                 continue
             b, t = self.base[i], self.tuned[i]

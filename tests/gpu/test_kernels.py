@@ -130,13 +130,19 @@ def test_small_edits_are_the_same_bits(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("density", [0.01, 0.1])
-def test_many_entries(device: torch.device, dtype: torch.dtype, density: float) -> None:
+@pytest.mark.parametrize("undo", [False, True])
+def test_many_entries(device: torch.device, dtype: torch.dtype, density: float, undo: bool) -> None:
     here = triple(dtype, (20_000_000, 3, 5_000_001))
     there = [to(device, tensors) for tensors in here]
-    ops.topm_subtract_(*here, density=density)
-    ops.topm_subtract_(*there, density=density, check_finite=False)
+    expected = ops.topm_subtract_(*here, density=density, undo=undo)
+    actual = ops.topm_subtract_(*there, density=density, check_finite=False, undo=undo)
     for a, b in zip(there[0], here[0], strict=True):
         assert_same_bits(a.cpu(), b)
+    if undo:
+        assert actual.undo is not None
+        assert expected.undo is not None
+        assert_same_bits(actual.undo.indices.cpu(), expected.undo.indices)
+        assert_same_bits(actual.undo.bits.cpu(), expected.undo.bits)
 
 
 def test_small_selection_and_sparse_subtraction(device: torch.device) -> None:
@@ -151,12 +157,13 @@ def test_small_selection_and_sparse_subtraction(device: torch.device) -> None:
         assert_same_bits(a.cpu(), b)
 
 
-def test_small_a_delta_that_is_not_finite_leaves_params_alone(device: torch.device) -> None:
-    params, base, tuned = (tensors[0].to(device) for tensors in triple(torch.float32, (1000,)))
+@pytest.mark.parametrize("undo", [False, True])  # with a record what is edited already is put back
+def test_small_a_delta_that_is_not_finite_leaves_params_alone(device: torch.device, undo: bool) -> None:
+    params, base, tuned = (tensors[0].to(device) for tensors in triple(torch.float32, (100_000,)))
     tuned[17] = torch.inf
     before = params.clone()
     with pytest.raises(ValueError, match=r"tuned\[0\] - base\[0\] must be finite"):
-        ops.topm_subtract_(params, base, tuned, m=10)
+        ops.topm_subtract_(params, base, tuned, m=10_000, undo=undo)
     assert_same_bits(params, before)
 
 

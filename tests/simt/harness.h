@@ -231,6 +231,14 @@ Vector<T, N> load_vector(const Shared<T>& p, int64_t i, PSE_PLACE) {
     return value;
 }
 
+template <int N, class T>
+void store_vector(const Shared<T>& p, int64_t i, const Vector<T, N>& value, PSE_PLACE) {
+    if ((p.offset + i) % N != 0)
+        fail("a vector of " + std::to_string(N) + " at " + shared_name(p, p.offset + i) + ", not a multiple of it",
+             place);
+    for (int n = 0; n < N; ++n) store(p, i + n, value.at[n], place);
+}
+
 // ---- copies from global to shared memory: they take place when they are waited for, and until then nobody may read
 
 void start_copy(SharedStore& memory, int64_t first, int64_t count, const void* values);
@@ -417,6 +425,7 @@ T load(const Remote<T>& p, int64_t i, PSE_PLACE) {
 }
 
 inline int count_bits(uint32_t x) { return __builtin_popcount(x); }
+inline int count_bits(uint64_t x) { return __builtin_popcountll(x); }
 inline int count_leading_zeros(uint32_t x) { return x == 0 ? 32 : __builtin_clz(x); }
 inline int count_leading_zeros(uint64_t x) { return x == 0 ? 64 : __builtin_clzll(x); }
 

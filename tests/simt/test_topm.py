@@ -141,8 +141,8 @@ def test_dtypes_may_differ_between_tensors(dtypes):
     for i, dtype in enumerate(dtypes):
         for collected, made in zip(lists, triple([(2100 + i,)], [dtype] * 3, seed=i), strict=True):
             collected += made
-    for check_finite in (True, False):
-        check_edit(*lists, density=0.3, scale=-0.3, check_finite=check_finite, hooks=SAMPLE)
+    for options in ({}, {"check_finite": False}, {"undo": True}):
+        check_edit(*lists, density=0.3, scale=-0.3, **options, hooks=SAMPLE)
 
 
 @pytest.mark.parametrize("alias", ["base", "tuned"])
@@ -150,7 +150,8 @@ def test_dtypes_may_differ_between_tensors(dtypes):
 def test_params_may_be_base_or_tuned(alias, scale):
     tensors = triple([(2100,), (501,)], [torch.bfloat16] * 3)
     for hooks in (SAMPLE, SAMPLE | TOO_FEW):
-        check_edit(*tensors, alias=alias, density=0.3, scale=scale, check_finite=False, hooks=hooks)
+        for undo in (False, True):
+            check_edit(*tensors, alias=alias, density=0.3, scale=scale, check_finite=False, undo=undo, hooks=hooks)
 
 
 CASES = ("all_equal", "all_zero", "one_outlier", "alternating_signs", "two_values", "sorted", "subnormal")
@@ -219,6 +220,71 @@ def test_a_delta_that_is_not_finite_is_refused_and_params_stay():
     assert all(torch.equal(a, b) for a, b in zip(edited, params, strict=True))
 
 
+@pytest.mark.parametrize("alias", [None, "base", "tuned"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_was_edited_before_a_bad_delta_was_found_is_put_back(dtype, alias, simt):
+    """The first group is sampled and edited while it is looked at; a NaN refuses it, wherever it is found."""
+    for tensor in (0, 1):
+        params, base, tuned = triple([(66_000,), (900,)], [dtype] * 3)
+        tuned[tensor][77] = NAN
+        if alias is not None:
+            params = {"base": base, "tuned": tuned}[alias]
+        before, launches = clones(params), simt.counts()["launches"]
+        with pytest.raises(ValueError, match=rf"tuned\[{tensor}\] - base\[{tensor}\] must be finite, got 1 entries"):
+            cuda.subtract_cuda(params, base, tuned, [], [20_000, 100], True, -1.0, True, True)
+        for actual, expected in zip(params, before, strict=True):
+            assert_same_bits(actual, expected)
+        assert simt.counts()["launches"] - launches == (9 if dtype is not torch.float64 else 12)
+
+
+@pytest.mark.parametrize("path", ["sampled", "overflow", "too_few", "exact"])
+def test_nothing_is_edited_when_the_wait_for_the_check_is_broken_off(path, monkeypatch):
+    params, base, tuned = triple([(6000,), (300,)], [torch.bfloat16] * 3)
+    before = clones(params)
+
+    def interrupt(tensor):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "tolist", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            cuda.subtract_cuda(params, base, tuned, [], [600], False, 1.0, True, True, PATHS[path])
+    for actual, expected in zip(params, before, strict=True):
+        assert_same_bits(actual, expected)
+
+
+@pytest.mark.parametrize(("field", "value"), [("chunk", 1 << 15), ("chunk", 200), ("one_pass", 0)])
+def test_a_call_that_the_kernels_cannot_serve_is_refused(field, value, simt):
+    tensors = triple([(300,)], [torch.bfloat16] * 3)
+    prepared = cuda._Prepared(*tensors, [], [30], False, 1.0, one_pass=True, hooks=0)
+    prepared.record(30, torch.int16)
+    setattr(prepared.call, field, value)
+    with pytest.raises(RuntimeError, match="cudaError_t 1;"):
+        prepared.settle()
+
+
+@pytest.mark.parametrize("data", ["all", "dense", "scattered", "one a row", "none but candidates"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_a_record_of_full_and_of_empty_rows(data, dtype, monkeypatch):
+    monkeypatch.setattr(cuda, "CHUNK", 1 << 14)
+    n = 34_000  # three chunks, 133 rows
+    params, base = torch.rand(n, generator=torch.Generator().manual_seed(1)).to(dtype), torch.zeros(n, dtype=dtype)
+    order = torch.randn(n, generator=torch.Generator().manual_seed(2)).abs() * 1e-3
+    if data == "dense":
+        order[5000:14_000] += 1
+    elif data == "one a row":
+        order[torch.arange(5, n, 256)] += 1
+    m = {"all": n, "dense": 9100, "scattered": 340, "one a row": 140, "none but candidates": 3}[data]
+    check_edit([params], [base], [order.to(dtype)], m=m, undo=True, hooks=SAMPLE)
+
+
+def test_a_warp_notes_more_rows_than_it_has_lanes_before_it_writes(monkeypatch):
+    monkeypatch.setattr(cuda, "_blocks", lambda tensor: 1)
+    n = 70_000  # 34 rows for each warp, of which the sweep edits the largest two or so
+    tuned = 1000.0 - torch.arange(n) * 97 % 256
+    check_edit([torch.ones(n)], [torch.zeros(n)], [tuned], m=5160, undo=True)
+
+
 @pytest.mark.parametrize(("dtype", "weight_dtype", "path"), [
     (torch.float32, torch.bfloat16, "sampled"), (torch.bfloat16, torch.float32, "too_few"),
     (torch.float64, torch.float16, "sampled"), (torch.float16, torch.float16, "exact"),
@@ -237,13 +303,11 @@ def test_a_score_that_overflows_ranks_highest():
     assert check_select([torch.zeros(4)], [tuned], m=2, importance=importance)[0].tolist() == [2, 3]
 
 
-@pytest.mark.parametrize("chunk", [8, 200, 2048])
+@pytest.mark.parametrize("chunk", [256, 768, 2048, 1 << 14])
 @pytest.mark.parametrize("path", ["sampled", "too_few"])
 def test_chunk_size_changes_no_bit(chunk, path, monkeypatch):
     monkeypatch.setattr(cuda, "CHUNK", chunk)
-    tensors = triple(
-        [(100 * chunk if chunk < 20 else 10 * chunk if chunk < 400 else 4500,), (5,)], [torch.bfloat16] * 3
-    )
+    tensors = triple([(5000 if chunk < 1 << 14 else 20_000,), (5,)], [torch.bfloat16] * 3)
     for options in ({"undo": True}, {"check_finite": False}):
         check_edit(*tensors, density=0.2, hooks=PATHS[path], **options)
 
@@ -313,18 +377,22 @@ def test_unselected_entries_keep_even_the_payload_of_a_nan():
 
 def test_a_missed_bracket_before_the_edit_is_repaired():
     tensors = triple([(6000,)], [torch.bfloat16] * 3)
-    for undo in (False, True):
-        check_edit(*tensors, density=0.1, undo=undo, hooks=SAMPLE | TOO_MANY)
+    check_edit(*tensors, density=0.1, hooks=SAMPLE | TOO_MANY)
 
 
 @pytest.mark.parametrize("per_tensor", [False, True])
-def test_a_missed_bracket_after_edits_says_that_params_are_spoilt(per_tensor):
+@pytest.mark.parametrize("undo", [False, True])
+def test_a_missed_bracket_after_edits_says_that_params_are_spoilt(per_tensor, undo):
     params, base, tuned = triple([(6000,), (20,)], [torch.bfloat16] * 3)
     m = counts_of(params, None, 0.1, per_tensor)
-    outputs = cuda.subtract_cuda(params, base, tuned, [], m, per_tensor, 1.0, False, False, SAMPLE | TOO_MANY)
+    outputs = cuda.subtract_cuda(params, base, tuned, [], m, per_tensor, 1.0, False, undo, SAMPLE | TOO_MANY)
     assert outputs[3].tolist() == [-1, -1]
-    with pytest.raises(RuntimeError, match=r"params are spoilt\. Load them again and pass undo=True or check_finite"):
+    message = r"params are spoilt\. Load them again and pass check_finite=True and undo=False"
+    with pytest.raises(RuntimeError, match=message):
         raise_if_bad(reference.TopmEdit(*outputs[:4]))
+    if undo:
+        with pytest.raises(RuntimeError, match=message):
+            cuda.subtract_cuda(params, base, tuned, [], m, per_tensor, 1.0, True, True, SAMPLE | TOO_MANY)
 
 
 def test_scratch_of_an_earlier_call_is_as_good_as_new(monkeypatch):

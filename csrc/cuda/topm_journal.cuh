@@ -154,34 +154,31 @@ PSE_DEVICE void choose_walk(const View<Key>& v, int64_t slice, int64_t share) {
     }
 }
 
-// How many of a row's edited have a smaller place.
-template <class Key>
-PSE_DEVICE int edited_before(const View<Key>& v, int64_t mark, int place) {
-    int low = 0;
-    for (int high = entries_of_mark(mark); low < high;) {
-        const int middle = (low + high) / 2;
-        if (int(load(v.journal_places, slot_of_mark(mark) + middle)) < place)
-            low = middle + 1;
-        else
-            high = middle;
-    }
-    return low;
-}
-
 constexpr int kRowLanes = 4;              // a lane has 64 entries of a row,
 constexpr int kRows = kWarp / kRowLanes;  // a warp so many rows, which are neighbours, and a block a chunk;
 constexpr int kAtOnce = 4;                // of these the first edited are on their way together
 
 static_assert(kRows * kWarps * kRow == kLargestChunk, "a block has all rows of a chunk");
 
+// The sum of x over this lane and those before it that have the same row.
+PSE_DEVICE int scan_row(int x) {
+    PSE_UNROLL
+    for (int by = 1; by < kRowLanes; by *= 2) {
+        const int other = shuffle_up(x, by);
+        if (lane() % kRowLanes >= by) x += other;
+    }
+    return x;
+}
+
 // Puts the journal in order, and edits and records the chosen.
 template <class Key, class Old>
 PSE_KERNEL(kThreads, (sizeof(Key) == 8 ? 2 : 4))
 topm_record(View<Key> v) {
     after_earlier_launches();
-    PSE_SHARED(int32_t, totals, kWarps);           // entries of each warp
-    PSE_SHARED(uint64_t, chosen_of, kThreads);     // of each lane's 64,
-    PSE_SHARED(int32_t, chosen_before, kThreads);  // and of the lanes before it in the row
+    PSE_SHARED(int32_t, totals, kWarps);            // entries of each warp
+    PSE_SHARED(uint64_t, chosen_of, kThreads);      // of each lane's 64,
+    PSE_SHARED(int32_t, chosen_before, kThreads);   // and of the lanes before it in the row
+    PSE_SHARED(uint32_t, edited_of, 2 * kThreads);  // as chosen_of, two words a lane
     const Global<Old> journal = simt::global<Old>(v.journal, v.journal_size);
     const Global<int64_t> indices = simt::global<int64_t>(v.indices, v.record);
     const auto put = [&](int64_t slot, int64_t bits) {
@@ -221,26 +218,22 @@ topm_record(View<Key> v) {
             chosen = uint64_t(words.at[1]) << 32 | words.at[0];
             if (journaled) mark = load(v.marks, first_row + mine);
         }
-        int before = count_bits(chosen);
-        const int here = before;
-        PSE_UNROLL
-        for (int by = 1; by < kRowLanes; by *= 2) {
-            const int other = shuffle_up(before, by);
-            if (piece >= by) before += other;
-        }
-        const int all = piece == kRowLanes - 1 ? before + entries_of_mark(mark) : 0;
-        before -= here;
-        const int start = scan_warp(all) - all;
+        const int through = scan_row(count_bits(chosen));
+        const int all = piece == kRowLanes - 1 ? through + entries_of_mark(mark) : 0;
+        const int before = scan_warp(all) - all;
         sync_block();  // what the last chunk left is read
-        if (lane() == kWarp - 1) store(totals, warp(), start + all);
+        if (lane() == kWarp - 1) store(totals, warp(), before + all);
         store(chosen_of, thread(), chosen);
-        store(chosen_before, thread(), before);
+        store(chosen_before, thread(), through - count_bits(chosen));
+        store(edited_of, 2 * thread(), 0u);
+        store(edited_of, 2 * thread() + 1, 0u);
         sync_block();
         PSE_UNROLL
         for (int w = 0; w < kWarps; ++w) {
             const int32_t total = load(totals, w);
             at += w < warp() ? total : 0;
         }
+        const int64_t start = at + before;  // of the lane's row, in the record
         for (int some = 0; some < kRows; some += kAtOnce) {
             uint32_t places[kAtOnce];
             Old old[kAtOnce];
@@ -256,7 +249,7 @@ topm_record(View<Key> v) {
             PSE_UNROLL
             for (int r = 0; r < kAtOnce; ++r) {
                 const int leader = (some + r) * kRowLanes;
-                const int64_t its = shuffle(mark, leader), slot = at + shuffle(start, leader);
+                const int64_t its = shuffle(mark, leader), slot = shuffle(start, leader);
                 const int64_t from = first + int64_t(warp() * kRows + some + r) * kRow;
                 const int edited = entries_of_mark(its);
                 for (int i = lane(); i < edited; i += kWarp) {
@@ -267,24 +260,27 @@ topm_record(View<Key> v) {
                     const int p = int(places[r]), lane_of = warp() * kWarp + leader + p / 64;
                     const uint64_t below = load(chosen_of, lane_of) & ((uint64_t(1) << (p % 64)) - 1);
                     const int64_t to = slot + i + load(chosen_before, lane_of) + count_bits(below);
+                    atomic_or(edited_of, lane_of * 2 + p % 64 / 32, 1u << (p % 32));
                     store(indices, to, from + p);
                     put(to, old[r]);
                 }
             }
         }
-        // Read back, so that they take no registers all the while; so is the row of the table.
+        // Read back, so that they take no registers all the while.
         const uint64_t chosen_here = load(chosen_of, thread());
-        const int before_here = load(chosen_before, thread());
+        sync_warp();  // the edited of the warp's rows are known
+        const uint64_t edited_here = uint64_t(load(edited_of, 2 * thread() + 1)) << 32 | load(edited_of, 2 * thread());
+        const int edited_count = count_bits(edited_here);
+        const int64_t from_here = start + load(chosen_before, thread()) + scan_row(edited_count) - edited_count;
         for (uint64_t rest = chosen_here; rest != 0; rest &= rest - 1) {
             const uint64_t bit = rest & (0 - rest);
             const int p = piece * 64 + 63 - count_leading_zeros(bit);
-            const int64_t to =
-                at + start + edited_before(v, mark, p) + before_here + count_bits(chosen_here & (bit - 1));
-            const int64_t i = part.local + int64_t(mine) * kRow + p;
-            unchanged +=
-                edit_chosen<Key>(tensor_row(v.table, part.tensor), i, v.scale, [&](auto x) { put(to, bits_of(x)); });
+            const int64_t to = from_here + count_bits((chosen_here | edited_here) & (bit - 1));
+            const TensorRow u = tensor_row(v.table, part.tensor);  // again: t would take registers all the while
+            const int64_t i = (c - u.first_chunk) * v.chunk + int64_t(mine) * kRow + p;
+            unchanged += edit_chosen<Key>(u, i, v.scale, [&](auto x) { put(to, bits_of(x)); });
             ++kept;
-            store(indices, to, first - part.local + i);
+            store(indices, to, u.first + i);
         }
     }
     flush();

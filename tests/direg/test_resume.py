@@ -545,7 +545,7 @@ extract._CHUNK = 512
 checkpoint_edit.stretches_at_once = lambda memory: 1  # else all that are left may be past the slow step
 plain = checkpoint_edit.word_sum
 def slow(elements):
-    time.sleep(0.02 if len(list(Path().glob(".out.*.partial/aside/notes/*"))) < 3 else 0.5)
+    time.sleep(0.02 if len(list(Path().glob(".out.*.partial/aside/notes/*"))) < 3 else 1)
     return plain(elements)
 checkpoint_edit.word_sum = slow
 sys.exit(cli.main(sys.argv[1:]))

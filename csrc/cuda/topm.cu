@@ -51,9 +51,9 @@ static int64_t sample_margin(int64_t s, int64_t n, int64_t m, bool unrepairable)
 struct Layout {
     std::vector<int64_t> table, groups;
     int64_t chunks = 0, samples = 0, pool = 0, list = 0, largest_sample = 0, largest_pool = 0, problems = 0;
-    int64_t rows = 0, journal = 0, old_bytes = 0;  // 0 without a journal
-    bool exact = false, beyond_a_chunk = false;    // a group is not sampled; and has several chunks
-    bool same[4] = {true, true, true, true};       // by dtype: every array of every tensor has it, and no importance
+    int64_t rows = 0, journal = 0;               // 0 without a journal
+    bool exact = false, beyond_a_chunk = false;  // a group is not sampled; and has several chunks
+    bool same[4] = {true, true, true, true};     // by dtype: every array of every tensor has it, and no importance
     int64_t bytes = 0;
     int64_t histogram_at, tickets_at, chosen_at, zero_end, tables_at, state_at, problems_at, greater_at, equal_at,
         tiles_at, places_at, marks_at, journal_at, sample_keys_at, sample_indices_at, pool_keys_at, pool_indices_at,
@@ -71,6 +71,19 @@ static int64_t tags_of(const TopmTensor& t, bool with_params) {
         tags |= kAligned;
     if (t.base_dtype == f64 || t.tuned_dtype == f64 || (with_params && t.params_dtype == f64)) tags |= kInDouble;
     return tags;
+}
+
+// Calls function(M{}, A{}), by the dtypes of the call. M: how the passes read tensors; A: how those do that are rarely
+// run, which is any dtype.
+template <class Function>
+static int by_dtypes(const TopmCall& call, const Layout& l, const Function& function) {
+    using Any = Mixed<float, uint32_t>;
+    using Wide = Mixed<double, uint64_t>;
+    if (call.wide) return function(Wide{}, Wide{});
+    if (l.same[int(DType::bf16)]) return function(Same<bf16_t>{}, Any{});
+    if (l.same[int(DType::f16)]) return function(Same<f16_t>{}, Any{});
+    if (l.same[int(DType::f32)]) return function(Same<float>{}, Any{});
+    return function(Any{}, Any{});
 }
 
 static Layout lay_out(const TopmCall& call) {
@@ -120,11 +133,12 @@ static Layout lay_out(const TopmCall& call) {
         l.largest_pool = capacity > l.largest_pool ? capacity : l.largest_pool;
     }
     l.problems = num_groups * (l.samples > 0 ? kProblems : 1);
-    if (call.one_pass && call.indices != 0) {
-        const TopmTensor& last = tensors[n - 1];
-        l.rows = (last.first + last.numel) / kRow + n;
-        l.old_bytes = call.wide ? 8 : l.same[int(DType::bf16)] || l.same[int(DType::f16)] ? 2 : 4;
-    }
+    const bool journaled = call.one_pass && call.indices != 0;
+    const TopmTensor& last = tensors[n - 1];
+    l.rows = journaled ? (last.first + last.numel) / kRow + n : 0;
+    l.journal = journaled ? l.journal : 0;
+    const int old_bytes =
+        by_dtypes(call, l, [](auto m, auto) { return int(sizeof(typename OldBits<decltype(m)>::type)); });
     const int64_t key = call.wide ? 8 : 4;
     const auto take = [&](int64_t bytes) {
         const int64_t at = l.bytes;
@@ -141,9 +155,9 @@ static Layout lay_out(const TopmCall& call) {
     l.greater_at = take(l.chunks * 4);
     l.equal_at = take(l.chunks * 4);
     l.tiles_at = take(((l.chunks + kStep - 1) / kStep + 1) * 8);
-    l.places_at = take(l.rows > 0 ? l.journal : 0);
+    l.places_at = take(l.journal);
     l.marks_at = take(l.rows * 8);
-    l.journal_at = take(l.journal * l.old_bytes);
+    l.journal_at = take(l.journal * old_bytes);
     l.sample_keys_at = take(l.samples * key);
     l.sample_indices_at = take(l.samples * 8);
     l.pool_keys_at = take(l.pool * key);
@@ -167,7 +181,7 @@ static View<Key> view_of(const TopmCall& call, const Layout& l) {
     v.greater = simt::global<int32_t>(call.scratch + l.greater_at, l.chunks);
     v.equal = simt::global<int32_t>(call.scratch + l.equal_at, l.chunks);
     v.tile_sums = words(l.tiles_at, (l.chunks + kStep - 1) / kStep + 1);
-    v.journal_places = simt::global<uint8_t>(call.scratch + l.places_at, l.rows > 0 ? l.journal : 0);
+    v.journal_places = simt::global<uint8_t>(call.scratch + l.places_at, l.journal);
     v.chosen = simt::global<uint32_t>(call.scratch + l.chosen_at, l.rows * kRowWords);
     v.marks = words(l.marks_at, l.rows);
     v.journal = call.scratch + l.journal_at;
@@ -226,7 +240,6 @@ static void launch_apply(Launches& run, const View<typename M::Key>& v, int64_t 
     run("topm_apply", blocks, topm_apply<M, kOutput>, v);
 }
 
-// M: how the passes read tensors; A: how those do that are rarely run, which is any dtype.
 template <class M, class A>
 static int settle_as(const TopmCall& call, const Layout& l, const Target& target) {
     using Key = typename M::Key;
@@ -293,7 +306,7 @@ static int apply_as(const TopmCall& call, const Layout& l, const Target& target)
     return run.error();
 }
 
-template <class M, class A>
+template <class M>
 static int restore_as(const TopmCall& call, const Layout& l, const Target& target) {
     using Key = typename M::Key;
     const View<Key> v = view_of<Key>(call, l);
@@ -303,18 +316,6 @@ static int restore_as(const TopmCall& call, const Layout& l, const Target& targe
 }
 
 int64_t topm_scratch_bytes(const TopmCall& call) { return lay_out(call).bytes; }
-
-// Calls function(M{}, A{}), by the dtypes of the call.
-template <class Function>
-static int by_dtypes(const TopmCall& call, const Layout& l, const Function& function) {
-    using Any = Mixed<float, uint32_t>;
-    using Wide = Mixed<double, uint64_t>;
-    if (call.wide) return function(Wide{}, Wide{});
-    if (l.same[int(DType::bf16)]) return function(Same<bf16_t>{}, Any{});
-    if (l.same[int(DType::f16)]) return function(Same<f16_t>{}, Any{});
-    if (l.same[int(DType::f32)]) return function(Same<float>{}, Any{});
-    return function(Any{}, Any{});
-}
 
 int topm_settle(const TopmCall& call, const Target& target) {
     constexpr int kInvalidValue = 1;  // cudaErrorInvalidValue
@@ -329,7 +330,7 @@ int topm_apply(const TopmCall& call, const Target& target) {
 }
 int topm_restore(const TopmCall& call, const Target& target) {
     const Layout l = lay_out(call);
-    return by_dtypes(call, l, [&](auto m, auto a) { return restore_as<decltype(m), decltype(a)>(call, l, target); });
+    return by_dtypes(call, l, [&](auto m, auto) { return restore_as<decltype(m)>(call, l, target); });
 }
 
 }  // namespace cuda

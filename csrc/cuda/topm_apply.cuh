@@ -61,7 +61,7 @@ enum Output { kEditOnly, kList };
 template <class M, Output kOutput>
 constexpr int kEditors = 2;
 template <class T, Output kOutput>
-constexpr int kEditors<Same<T>, kOutput> = (sizeof(T) == 2 ? 4 : 3) - (kOutput == kEditOnly ? 0 : 1);
+constexpr int kEditors<Same<T>, kOutput> = sizeof(T) == 2 ? 4 : 3;
 
 template <class M, Output kOutput>
 PSE_KERNEL(kThreads, (kEditors<M, kOutput>))

@@ -221,11 +221,15 @@ void store(const Shared<T>& p, int64_t i, V given, PSE_PLACE) {
     *element = T(given);
 }
 
+template <class T>
+void check_vector(const Shared<T>& p, int64_t i, int n, Place place) {
+    if ((p.offset + i) % n != 0)
+        fail("a vector of " + std::to_string(n) + " at " + shared_name(p, p.offset + i) + ", not a multiple of it",
+             place);
+}
 template <int N, class T>
 Vector<T, N> load_vector(const Shared<T>& p, int64_t i, PSE_PLACE) {
-    if ((p.offset + i) % N != 0)
-        fail("a vector of " + std::to_string(N) + " at " + shared_name(p, p.offset + i) + ", not a multiple of it",
-             place);
+    check_vector(p, i, N, place);
     Vector<T, N> value;
     for (int n = 0; n < N; ++n) value.at[n] = load(p, i + n, place);
     return value;
@@ -233,9 +237,7 @@ Vector<T, N> load_vector(const Shared<T>& p, int64_t i, PSE_PLACE) {
 
 template <int N, class T>
 void store_vector(const Shared<T>& p, int64_t i, const Vector<T, N>& value, PSE_PLACE) {
-    if ((p.offset + i) % N != 0)
-        fail("a vector of " + std::to_string(N) + " at " + shared_name(p, p.offset + i) + ", not a multiple of it",
-             place);
+    check_vector(p, i, N, place);
     for (int n = 0; n < N; ++n) store(p, i + n, value.at[n], place);
 }
 

@@ -40,6 +40,42 @@ def test_every_source_has_an_object_per_instruction_set() -> None:
     assert missing == []
 
 
+def test_the_sets_offered_are_those_of_the_processor() -> None:
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text().splitlines() if facts.is_file() else []
+    flags = next((set(line.split(":")[1].split()) for line in lines if line.startswith("flags")), None)
+    if flags is None:
+        pytest.skip("/proc/cpuinfo does not tell")
+    adds = {
+        "v2": {"pni", "ssse3", "sse4_1", "sse4_2", "popcnt", "cx16", "lahf_lm"},
+        "v3": {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"},
+        "v4": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
+    }
+    has = [adds[name] <= flags for name in SETS]
+    assert _C.available_isas() == [name for i, name in enumerate(SETS) if all(has[: i + 1])]
+
+
+def compile_plain(compiler: str, family: str, *flags: str) -> None:
+    flags += ("-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-DPSE_ISA=generic")
+    read(compiler, *flags, f"-I{ROOT / 'csrc'}", ROOT / "csrc" / "cpu" / f"{family}.cpp")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_kernels_need_nothing_of_x86(family: str) -> None:
+    """Neither its intrinsics nor what their header brings along: arm64 has none."""
+    compiler = re.search(r"^CMAKE_CXX_COMPILER:\w+=(.*)$", (TREE / "CMakeCache.txt").read_text(), re.MULTILINE)
+    assert compiler is not None
+    compile_plain(compiler[1], family, "-U__SSE__", "-U__SSE2__")
+
+
+@pytest.mark.parametrize("compiler", ["clang++", "aarch64-linux-gnu-g++"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_compilers_take_the_kernels(family: str, compiler: str) -> None:
+    if shutil.which(compiler) is None:
+        pytest.skip(f"{compiler} is not installed")
+    compile_plain(compiler, family)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("isa", SETS)
 def test_no_weak_symbol_that_could_replace_another_set_s_code(isa: str, family: str) -> None:

@@ -11,7 +11,7 @@ constexpr float kMinusInfinity = -__builtin_inff();
 // z + w * g for w > 0: where either is -inf the token is masked.
 PSE_HD float guided_toward(float z, float g, float w) {
     const float sum = add_rn(z, mul_rn(w, g));
-    return (z == kMinusInfinity) | (g == kMinusInfinity) ? kMinusInfinity : sum;
+    return ((z == kMinusInfinity) | (g == kMinusInfinity)) ? kMinusInfinity : sum;
 }
 
 // z + w * g for w < 0: an infinite guide logit is NaN, an error of the row, unless the token is masked.

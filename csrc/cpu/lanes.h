@@ -4,6 +4,8 @@
 
 #if defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace pse {
@@ -62,7 +64,11 @@ static inline Doubles load_lanes(const T* src) {
 static inline void store_lanes(Doubles x, float* out) {
     for (int lane = 0; lane < kWidth; ++lane) out[lane] = float(x[lane]);
 }
+#if defined(__aarch64__)
+static inline Doubles fused(Doubles x, Doubles y, Doubles sum) { return Doubles(vfmaq_f64(sum, x, y)); }
+#else
 static inline Doubles fused(Doubles x, Doubles y, Doubles sum) { return sum + x * y; }
+#endif
 #endif
 
 // sum + x * y. Where the product is exact in fp64 (factors of 24 significant bits or fewer) one rounding or two give

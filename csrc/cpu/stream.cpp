@@ -5,6 +5,8 @@
 // All of it runs in the caller's thread: callers work on several chunks at once.
 #include "cpu/stream.h"
 
+#include <stddef.h>
+
 #include <type_traits>
 
 #include "cpu/at_least.h"

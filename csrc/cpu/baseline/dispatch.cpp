@@ -3,6 +3,10 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#if PSE_HAVE_v2
+#include <cpuid.h>
+#endif
+
 namespace pse {
 
 #define PSE_DECLARE_TABLES(set)                        \
@@ -31,19 +35,41 @@ PSE_DECLARE_TABLES(generic)
 
 namespace {
 
+#if PSE_HAVE_v2
+// Read from the processor: g++ 11 does not know the sets by name in __builtin_cpu_supports, and Clang not all features.
+struct ProcessorFeatures {
+    unsigned basic = 0, extended = 0, more = 0;  // leaf 1 ecx, leaf 7 ebx, leaf 0x80000001 ecx
+    unsigned saved = 0;                          // register states that the operating system keeps (XCR0)
+
+    ProcessorFeatures() {
+        unsigned a, b, c, d;
+        if (__get_cpuid(1, &a, &b, &c, &d)) basic = c;
+        if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) extended = b;
+        if (__get_cpuid(0x80000001u, &a, &b, &c, &d)) more = c;
+        if (basic & bit_OSXSAVE) __asm__("xgetbv" : "=a"(saved), "=d"(d) : "c"(0));
+    }
+    static bool all(unsigned word, unsigned wanted) { return (word & wanted) == wanted; }
+
+    bool v2() const {
+        return all(basic, bit_SSE3 | bit_SSSE3 | bit_SSE4_1 | bit_SSE4_2 | bit_POPCNT | bit_CMPXCHG16B) &&
+               all(more, bit_LAHF_LM);
+    }
+    bool v3() const {
+        return all(basic, bit_AVX | bit_F16C | bit_FMA | bit_MOVBE) && all(saved, 0x6) &&
+               all(extended, bit_AVX2 | bit_BMI | bit_BMI2) && all(more, bit_LZCNT);
+    }
+    bool v4() const {
+        return all(saved, 0xe6) &&
+               all(extended, bit_AVX512F | bit_AVX512BW | bit_AVX512CD | bit_AVX512DQ | bit_AVX512VL);
+    }
+};
+#endif
+
 std::vector<CpuKernels> find_available() {
     std::vector<CpuKernels> found;
 #if PSE_HAVE_v2
-    // Feature by feature: g++ 11 does not know the sets by name here.
-#define PSE_HAS(feature) (__builtin_cpu_supports(feature) != 0)
-    __builtin_cpu_init();
-    const bool v2 = PSE_HAS("cmpxchg16b") && PSE_HAS("lahf_lm") && PSE_HAS("popcnt") && PSE_HAS("sse3") &&
-                    PSE_HAS("ssse3") && PSE_HAS("sse4.1") && PSE_HAS("sse4.2");
-    const bool v3 = v2 && PSE_HAS("osxsave") && PSE_HAS("avx") && PSE_HAS("avx2") && PSE_HAS("bmi") &&
-                    PSE_HAS("bmi2") && PSE_HAS("f16c") && PSE_HAS("fma") && PSE_HAS("lzcnt") && PSE_HAS("movbe");
-    const bool v4 = v3 && PSE_HAS("avx512f") && PSE_HAS("avx512bw") && PSE_HAS("avx512cd") && PSE_HAS("avx512dq") &&
-                    PSE_HAS("avx512vl");
-#undef PSE_HAS
+    const ProcessorFeatures features;
+    const bool v2 = features.v2(), v3 = v2 && features.v3(), v4 = v3 && features.v4();
     if (v2) found.push_back(PSE_TABLES(v2));
     if (v3) found.push_back(PSE_TABLES(v3));
     if (v4) found.push_back(PSE_TABLES(v4));

@@ -58,6 +58,18 @@ def abstract(value: object) -> bool:
     return isinstance(value, torch.Tensor) and (value.is_meta or isinstance(value, FakeTensor))
 
 
+def float64_device(device: torch.device) -> torch.device:
+    """Return where the float64 tensors of a call on ``device`` are: there, or on the host, for MPS has none."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def double(value: Any) -> torch.Tensor:
+    """Return numbers, or a tensor where it is, in float64; on the host where its device has none."""
+    if isinstance(value, torch.Tensor):
+        return value.to(float64_device(value.device)).double()
+    return torch.as_tensor(value, dtype=torch.float64)
+
+
 def values(argument: str, value: torch.Tensor, device: torch.device, rule: str = "be real numbers") -> torch.Tensor:
     """Return a tensor of parameters for a call on ``device``, detached, if it holds numbers that can be read there."""
     tensor(argument, value)

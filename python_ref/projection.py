@@ -32,7 +32,8 @@ def gradient_gram(grads: Gradients) -> torch.Tensor:
             both may differ between tensors), or a sequence of k tensors. float32, float64, float16, bfloat16.
 
     Returns:
-        [..., k, k] float64, symmetric, detached. Without batch dimensions for a sequence.
+        [..., k, k] float64 (on the CPU for MPS, which has none), symmetric, detached. Without batch dimensions for a
+        sequence.
 
     Raises:
         TypeError, ValueError: ``grads`` is not of this form.
@@ -82,8 +83,8 @@ def project_conflicts(
         the pair of that and a `ProjectionStats`.
 
     Raises:
-        TypeError, ValueError: an argument is not of this form, or, on the CPU only, a gradient or weight is not finite
-            (on other devices the output is NaN and ``ProjectionStats.finite`` False).
+        TypeError, ValueError: an argument is not of this form, or, on the CPU and MPS, a gradient or weight is not
+            finite (on other devices the output is NaN and ``ProjectionStats.finite`` False).
 
     >>> project_conflicts(torch.tensor([[1.0, 0.0], [-1.0, 1.0]]))  # [0.5, 0.5] + [0, 1]
     tensor([0.5000, 1.5000])
@@ -194,15 +195,19 @@ def check_grads(grads: Gradients) -> Form:
 
 
 def check_weights(weights: torch.Tensor | Sequence[float] | None, form: Form) -> torch.Tensor | None:
-    """Return the weights as float64 [groups, k] on the gradients' device, values unchecked, or raise."""
+    """Return the weights as float64 [groups, k], values unchecked, or raise.
+
+    They are on the gradients' device (on the CPU for MPS, which has no float64).
+    """
     if weights is None:
         return None
+    device = check.float64_device(form.device)
     if not isinstance(weights, torch.Tensor):
         if not isinstance(weights, Sequence) or isinstance(weights, str):
             check.fail("weights", "be a tensor or a sequence of k numbers", check.describe(weights), "", TypeError)
         numbers = [_weight(f"weights[{i}]", w) for i, w in enumerate(weights)]
         if torch.compiler.is_compiling() and numbers:  # torch.tensor would make a graph per value
-            weights = torch.stack([torch.ones((), dtype=torch.float64, device=form.device) * w for w in numbers])
+            weights = torch.stack([torch.ones((), dtype=torch.float64, device=device) * w for w in numbers])
         else:
             weights = torch.tensor(numbers, dtype=torch.float64, device="cpu")
     weights = check.values("weights", weights, form.device)
@@ -210,7 +215,7 @@ def check_weights(weights: torch.Tensor | Sequence[float] | None, form: Form) ->
     if tuple(weights.shape) not in ((form.k,), shape):
         either = f"[{form.k}]" + (f" or {list(shape)}" if form.batch else "")
         check.fail("weights", f"have shape {either}", list(weights.shape), "One weight per objective.")
-    return weights.to(form.device, torch.float64).expand(shape).reshape(form.groups, form.k)
+    return weights.to(device, torch.float64).expand(shape).reshape(form.groups, form.k)
 
 
 def _weight(name: str, value: Any) -> float:

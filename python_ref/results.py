@@ -148,7 +148,9 @@ class SparseDelta:
 
 @dataclass(frozen=True)
 class ProjectionStats:
-    """What `project_conflicts` found, for logs; float64 on the gradients' device, ``...`` are their batch dimensions.
+    """What `project_conflicts` found, for logs, on the gradients' device; ``...`` are their batch dimensions.
+
+    Cosines are float64, on the CPU where the gradients' device is MPS, which has none.
 
     Attributes:
         cosines: [..., k, k] of the gradients with each other. 0 where a gradient is zero.
@@ -156,7 +158,7 @@ class ProjectionStats:
             millionth of the gradient's norm is left: what remains is rounding and points nowhere.
         conflicts: [...] int64, the pairs i < j of negative cosine among the objectives that take part.
         finite: [...] bool. False where a gradient that takes part has a NaN, an infinity or a squared norm beyond
-            float64, or a weight is bad: the output there is NaN. Always True on the CPU, which raises instead.
+            float64, or a weight is bad: the output there is NaN. Always True on the CPU and MPS, where it is raised.
     """
 
     cosines: torch.Tensor

@@ -75,7 +75,7 @@ def guidance(value: Any, rows: int, guides: int, stacked: bool, device: torch.de
     expected = (guides,) if stacked else (rows,)
     if checked.dim() == 0 or tuple(checked.shape) in (expected, (rows, guides)):
         shaped = checked[:, None] if checked.dim() == 1 and not stacked else checked
-        return shaped.to(device, torch.float32).expand(rows, guides)
+        return shaped.to(torch.float32).to(device).expand(rows, guides)
     check.fail(
         "guidance",
         "be a scalar, per row [B] with one guide [B, V], per guide [G] with stacked guides [G, B, V], or both [B, G]",
@@ -94,7 +94,7 @@ def knob(name: str, value: Any, rows: int, device: torch.device, dtype: torch.dt
             check.fail(name, f"be a scalar or have shape [{rows}], one value per row", check.describe(value))
         if integral and value.is_floating_point():
             check.fail(name, "be an integer tensor", check.describe(value), error=TypeError)
-        return value.to(device, dtype).expand(rows)
+        return value.to(dtype).to(device).expand(rows)
     kind = "an int" if integral else "a number"
     if isinstance(value, bool) or not isinstance(value, int if integral else (int, float)):
         check.fail(name, f"be {kind} or a tensor [B]", check.describe(value), error=TypeError)
@@ -109,7 +109,8 @@ def _filled(shape: tuple[int, ...], value: float, dtype: torch.dtype, device: to
     """A tensor of one value. By multiplication, since torch.full would make torch.compile specialise on the value."""
     if dtype == torch.int64:
         return torch.ones(shape, dtype=torch.int64, device=device) * value
-    return (torch.ones(shape, dtype=torch.float64, device=device) * float(value)).to(dtype)
+    exact = torch.ones(shape, dtype=torch.float64, device=check.float64_device(device)) * float(value)
+    return exact.to(dtype).to(device)
 
 
 def ranges(

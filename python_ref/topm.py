@@ -499,7 +499,7 @@ def check_storage(params: Sequence[Tensor], others: dict[str, Sequence[Tensor]])
     for name, tensors in (("params", params), *others.items()):
         for i, tensor in enumerate(tensors):
             if tensor.numel() and not check.abstract(tensor):
-                spans.append((tensor.data_ptr(), tensor.data_ptr() + _extent(tensor), name, i, tensor))
+                spans.append((_address(tensor), _address(tensor) + _extent(tensor), name, i, tensor))
                 if name == "params" and _overlaps_itself(tensor):
                     check.fail(
                         f"params[{i}]", "not overlap itself", f"strides {tensor.stride()}", "Pass a contiguous copy."
@@ -530,10 +530,17 @@ def _refuse_shared(i: int, other_name: str, j: int) -> None:
     )
 
 
+def _address(tensor: Tensor) -> int:
+    """Where a tensor begins. MPS tells the handle of its buffer, and handles lie closer than buffers are long."""
+    if tensor.device.type != "mps":
+        return tensor.data_ptr()
+    return (tensor.untyped_storage().data_ptr() << 48) + int(tensor.storage_offset()) * tensor.element_size()
+
+
 def _same_view(a: Tensor, b: Tensor) -> bool:
     """Whether both read the same elements in the same order; the stride of a dimension of size 1 means nothing."""
     strides = [[step for size, step in zip(t.shape, t.stride(), strict=True) if size > 1] for t in (a, b)]
-    return a.data_ptr() == b.data_ptr() and a.dtype == b.dtype and strides[0] == strides[1]
+    return _address(a) == _address(b) and a.dtype == b.dtype and strides[0] == strides[1]
 
 
 def _extent(tensor: Tensor) -> int:
@@ -555,7 +562,7 @@ def _overlaps_itself(tensor: Tensor) -> bool:
             return True
         if step < extent:
             marks = _marks(_extent(tensor))
-            _mark(tensor, tensor.data_ptr(), marks).fill_(True)
+            _mark(tensor, _address(tensor), marks).fill_(True)
             return int(marks.sum()) < tensor.numel() * tensor.element_size()
         extent += (size - 1) * step
     return False  # every step leaps over all that the smaller ones reach
@@ -571,11 +578,11 @@ def _have_common_bytes(a: Tensor, b: Tensor) -> bool:
             low, high = ranges.get(step, (0, 0))
             ranges[step] = (low, high + size - 1) if sign > 0 else (low - size + 1, high)
     budget = [_MOST_TRIES]
-    found = _reaches(b.data_ptr() - a.data_ptr(), sorted(ranges.items(), reverse=True), budget)
+    found = _reaches(_address(b) - _address(a), sorted(ranges.items(), reverse=True), budget)
     if budget[0] > 0:
         return found
-    start = min(a.data_ptr(), b.data_ptr())
-    marks = _marks(max(t.data_ptr() - start + _extent(t) for t in (a, b)))
+    start = min(_address(a), _address(b))
+    marks = _marks(max(_address(t) - start + _extent(t) for t in (a, b)))
     _mark(a, start, marks).fill_(True)
     return bool(_mark(b, start, marks).any())
 
@@ -606,7 +613,7 @@ def _mark(tensor: Tensor, start: int, marks: Tensor) -> Tensor:
     """The marks of the bytes of ``tensor``, where the first mark is of address ``start``."""
     size = tensor.element_size()
     strides = [step * size for step in tensor.stride()]
-    return marks.as_strided([*tensor.shape, size], [*strides, 1], tensor.data_ptr() - start)
+    return marks.as_strided([*tensor.shape, size], [*strides, 1], _address(tensor) - start)
 
 
 def _shapes(tensors: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:

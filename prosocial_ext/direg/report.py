@@ -11,6 +11,7 @@ from torch import Tensor
 from prosocial_ext import ops
 from prosocial_ext.direg.models import Weights, matching_parameters
 from prosocial_ext.direg.subtract import SAFETY_ARITHMETIC_DENSITY
+from prosocial_ext.reference import check
 
 __all__ = ["HarmVectorReport", "harm_vector_report"]
 
@@ -63,15 +64,15 @@ def harm_vector_report(
             others[name] = given
     _, found = matching_parameters(base, **others)
     delta = ops.topm_select(found["model"], found["tuned"], density=density, importance=found.get("importance"))
-    differences = [(t.double() - b.double()) for b, t in zip(found["model"], found["tuned"], strict=True)]
+    differences = [check.double(t) - check.double(b) for b, t in zip(found["model"], found["tuned"], strict=True)]
     total = float(sum(d.square().sum() for d in differences))
     chosen = delta.indices.split(delta.counts.tolist())
-    kept = float(delta.values.double().square().sum())
+    kept = float(check.double(delta.values).square().sum())
     effect = None
     if gradient is not None:
-        effects = [(d * g.double()).abs().flatten() for d, g in zip(differences, found["gradient"], strict=True)]
+        effects = [(d * check.double(g)).abs().flatten() for d, g in zip(differences, found["gradient"], strict=True)]
         of_all = float(sum(e.sum() for e in effects))
-        of_chosen = float(sum(e[i].sum() for e, i in zip(effects, chosen, strict=True)))
+        of_chosen = float(sum(e[i.to(e.device)].sum() for e, i in zip(effects, chosen, strict=True)))
         effect = of_chosen / of_all if of_all else 0.0
     return HarmVectorReport(
         entries=sum(d.numel() for d in differences),

@@ -11,6 +11,7 @@ from torch import Tensor
 from prosocial_ext import ops
 from prosocial_ext.direg.models import Weights, matching_parameters
 from prosocial_ext.direg.subtract import SAFETY_ARITHMETIC_DENSITY
+from prosocial_ext.reference import check
 
 __all__ = ["TensorShare", "harm_by_tensor"]
 
@@ -64,9 +65,10 @@ def harm_by_tensor(
     delta = ops.topm_select(found["model"], found["tuned"], density=density, importance=found.get("importance"))
     counts = delta.counts.tolist()
     squares = [
-        float((t.double() - b.double()).square().sum()) for b, t in zip(found["model"], found["tuned"], strict=True)
+        float((check.double(t) - check.double(b)).square().sum())
+        for b, t in zip(found["model"], found["tuned"], strict=True)
     ]
-    kept = [float(part.double().square().sum()) for part in delta.values.split(counts)]
+    kept = [float(check.double(part).square().sum()) for part in delta.values.split(counts)]
     total = sum(squares) or 1.0
     return {
         name: TensorShare(tensor.numel(), square / total, count, part / total)

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from prosocial_ext.evaluation.intervals import Estimate, bootstrap_difference, bootstrap_interval
 from prosocial_ext.reference import check
 
@@ -73,7 +71,7 @@ def attribute_matrix(
         check.fail("rewards_by_preference", "hold at least one preference", "none")
     if baseline is not None and baseline not in rewards_by_preference:
         check.fail("baseline", "be one of " + ", ".join(map(repr, rewards_by_preference)), repr(baseline))
-    rewards = {name: torch.as_tensor(given, dtype=torch.float64) for name, given in rewards_by_preference.items()}
+    rewards = {name: check.double(given) for name, given in rewards_by_preference.items()}
     n = len(next(iter(rewards.values())))
     for name, given in rewards.items():
         if given.shape != (n, len(names)):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
-
 from prosocial_ext.reference import check
 
 __all__ = ["hypervolume"]
@@ -31,10 +29,10 @@ def hypervolume(points: Any, reference: Any) -> float:
     >>> hypervolume([[1.0, 3.0], [2.0, 2.0], [1.0, 1.0]], reference=[0.0, 0.0])
     5.0
     """
-    worst = torch.as_tensor(reference, dtype=torch.float64)
+    worst = check.double(reference)
     if worst.dim() != 1 or len(worst) == 0:
         check.fail("reference", "have shape [d] with d >= 1", check.describe(worst))
-    given = torch.as_tensor(points, dtype=torch.float64)
+    given = check.double(points)
     if given.numel() == 0:
         given = given.reshape(0, len(worst))
     if given.dim() != 2 or given.shape[1] != len(worst):

@@ -51,7 +51,7 @@ def perplexity_of(losses: torch.Tensor) -> float:
     >>> round(perplexity_of(torch.tensor([[2 * math.log(8.0), 2.0], [0.0, 4.0]])), 6)
     2.0
     """
-    total, tokens = losses.double().sum(dim=0).tolist() if len(losses) else (0.0, 0.0)
+    total, tokens = check.double(losses).sum(dim=0).tolist() if len(losses) else (0.0, 0.0)
     if tokens == 0:
         remedy = f"Labels repeat input_ids at the response and are {IGNORED} elsewhere."
         check.fail("batches", "hold at least one response token", "none", remedy)
@@ -96,10 +96,10 @@ def document_losses(
                 guide = _scored_logits(arm, ids, batch.get("attention_mask"), scored).to(kept.device)
                 width = min(kept.shape[1], guide.shape[1])  # heads may be padded, each to its own width
                 kept = kept[:, :width] + guidance * guide[:, :width]
-            losses = torch.nn.functional.cross_entropy(kept, labels[:, 1:][scored], reduction="none").double()
-            found = torch.zeros(len(ids), 2, dtype=torch.float64, device=device)
-            found[:, 0].index_add_(0, scored.nonzero()[:, 0], losses)
-            found[:, 1] = scored.sum(dim=1)
+            losses = check.double(torch.nn.functional.cross_entropy(kept, labels[:, 1:][scored], reduction="none"))
+            found = losses.new_zeros(len(ids), 2)
+            found[:, 0].index_add_(0, scored.nonzero()[:, 0].to(losses.device), losses)
+            found[:, 1] = check.double(scored.sum(dim=1))
             rows.append(found.cpu())
     return torch.cat(rows)
 

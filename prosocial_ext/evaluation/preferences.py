@@ -52,7 +52,7 @@ def preference_cosine(preferences: Any, rewards: Any, *, low: Any = 0.0, high: A
     0.5
     """
     p, r = _rows(preferences, rewards)
-    bottom, top = (torch.as_tensor(end, dtype=torch.float64, device=r.device) for end in (low, high))
+    bottom, top = (check.double(end).to(r.device) for end in (low, high))
     for name, end in (("low", bottom), ("high", top)):
         if end.dim() and end.shape != r.shape[1:]:
             check.fail(name, f"be a number or have shape ({r.shape[1]},)", check.describe(end))
@@ -69,8 +69,8 @@ def preference_cosine(preferences: Any, rewards: Any, *, low: Any = 0.0, high: A
 
 def _rows(preferences: Any, rewards: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Both in float64, checked."""
-    r = torch.as_tensor(rewards, dtype=torch.float64)
-    p = torch.as_tensor(preferences, dtype=torch.float64, device=r.device)
+    r = check.double(rewards)
+    p = check.double(preferences).to(r.device)
     if r.dim() != 2 or r.numel() == 0:
         check.fail("rewards", "have shape [n, k] with n, k >= 1", check.describe(r))
     if p.shape not in (r.shape, r.shape[1:]):

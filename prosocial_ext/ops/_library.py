@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from prosocial_ext.ops import _backend
+from prosocial_ext.ops._host import on_host
 
 LIBRARY = torch.library.Library("prosocial_ext", "DEF")
 
@@ -24,13 +25,15 @@ def register(
 
     The dispatcher strips trailing arguments equal to the schema's defaults before it calls an implementation, so every
     implementation repeats those defaults. ``elsewhere`` is the reference: it runs on every device without a kernel
-    (MPS, XPU...), and inside ``ops.backend("reference")`` on all of them, so that this works in compiled graphs too.
+    (XPU, HPU...), and inside ``ops.backend("reference")`` on all of them, so that this works in compiled graphs too.
+    MPS has no float64, which the reference computes in: there both run on the host.
     """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for kernel, device in ((cpu, "CPU"), (cuda, "CUDA")):
         if kernel is not None:
             LIBRARY.impl(name, _unless_reference(kernel, elsewhere), device)
+    LIBRARY.impl(name, on_host(_unless_reference(cpu, elsewhere), writes="(a!)" in schema), "MPS")
     LIBRARY.impl(name, elsewhere, "CompositeExplicitAutograd")
     torch.library.register_fake(f"prosocial_ext::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.prosocial_ext, name).default

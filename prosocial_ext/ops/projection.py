@@ -86,8 +86,8 @@ def project_conflicts(
         the pair of that and a `ProjectionStats`.
 
     Raises:
-        TypeError, ValueError: an argument is not of this form, or, on the CPU only, a gradient or weight is not finite
-            (on other devices the output is NaN and ``ProjectionStats.finite`` False).
+        TypeError, ValueError: an argument is not of this form, or, on the CPU and MPS, a gradient or weight is not
+            finite (on other devices the output is NaN and ``ProjectionStats.finite`` False).
 
     >>> project_conflicts(torch.tensor([[1.0, 0.0], [-1.0, 1.0]]))  # [0.5, 0.5] + [0, 1]
     tensor([0.5000, 1.5000])
@@ -300,19 +300,23 @@ def _project_lists_elsewhere(
 # ---- shapes and dtypes
 
 
+def _double(like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    return like.new_empty(tuple(shape), dtype=torch.float64, device=check.float64_device(like.device))
+
+
 def _gram_fake(grads: torch.Tensor) -> torch.Tensor:
-    return grads.new_empty(grads.shape[:-1] + grads.shape[-2:-1], dtype=torch.float64)
+    return _double(grads, grads.shape[:-1] + grads.shape[-2:-1])
 
 
 def _gram_lists_fake(grads: Sequence[torch.Tensor], k: int) -> torch.Tensor:
-    return grads[0].new_empty((k, k), dtype=torch.float64)
+    return _double(grads[0], (k, k))
 
 
 def _stats_fake(like: torch.Tensor, batch: Sequence[int], k: int) -> list[torch.Tensor]:
     pairs = (*batch, k, k)
     return [
-        like.new_empty(pairs, dtype=torch.float64),
-        like.new_empty(pairs, dtype=torch.float64),
+        _double(like, pairs),
+        _double(like, pairs),
         like.new_empty(batch, dtype=torch.int64),
         like.new_empty(batch, dtype=torch.bool),
     ]

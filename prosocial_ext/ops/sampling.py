@@ -356,7 +356,8 @@ def guided_logprobs(
 ) -> torch.Tensor:
     """Return the log-probs of the guided distribution (see the reference for the full text)."""
     abstract = torch.compiler.is_compiling() or check.abstract(base_logits) or check.abstract(guide_logits)
-    if _backend.use_reference and not abstract:  # with a gradient of its own
+    far = isinstance(base_logits, torch.Tensor) and check.float64_device(base_logits.device) != base_logits.device
+    if _backend.use_reference and not abstract and not far:  # with a gradient of its own
         return reference.guided_logprobs(
             base_logits, guide_logits, guidance=guidance, temperature=temperature, vocab_size=vocab_size
         )

@@ -96,7 +96,7 @@ class YesNoJudge:
             ids = [row["input_ids"] for row in rows[start : start + self._batch_size]]
             with torch.no_grad():
                 likely = Stream(self._model, read_prompts(ids, None, None, None), 1, "judge").next_logits()
-                likely = likely.double().softmax(dim=1)
+                likely = check.double(likely).softmax(dim=1)
             yes, no = likely[:, self._yes].sum(dim=1), likely[:, self._no].sum(dim=1)
             scores += (yes / (yes + no)).nan_to_num(0.0).tolist()  # 0 / 0 where both are below float64
             mass += (yes + no).tolist()

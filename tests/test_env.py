@@ -30,7 +30,13 @@ def facts() -> Facts:
             "cores": 2,
             "openmp": ["torch/lib/libgomp.so.1"],
         },
-        "torch": {"version": "2.13.0", "cuda_toolkit": "13.0", "cuda_available": True, "devices": ["a GPU"]},
+        "torch": {
+            "version": "2.13.0",
+            "cuda_toolkit": "13.0",
+            "cuda_available": True,
+            "devices": ["a GPU"],
+            "mps_available": False,
+        },
         "cuda": {
             "compiled": True,
             "request": "auto",
@@ -47,6 +53,12 @@ def facts() -> Facts:
 def test_nothing_to_repair_when_nothing_is_wrong(facts: Facts) -> None:
     assert env.remedies(facts) == []
     assert env.report(facts).endswith("Nothing to repair.")
+
+
+def test_mps_is_told_where_it_is(facts: Facts) -> None:
+    assert "mps" not in env.report(facts)
+    facts["torch"]["mps_available"] = True
+    assert "torch.mps     available" in env.report(facts)
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,7 @@ def report(facts: dict[str, Any]) -> str:
         ("python", f"{python['version']} ({python['system']} {python['machine']}), {python['executable']}"),
         ("torch", f"{torch_facts['version']}, {'CUDA ' + (torch_facts['cuda_toolkit'] or 'not built in')}"),
         ("torch.cuda", f"available: {names}" if torch_facts["cuda_available"] else "not available"),
+        *([("torch.mps", "available; the ops run there by the CPU kernels")] if torch_facts["mps_available"] else []),
         ("CPU kernels", f"{cpu['isa']} of {', '.join(cpu['available'])}{forced}"),
         ("threads", f"{cpu['threads']} of {cpu['cores']} cores"),
         ("OpenMP", runtimes),
@@ -160,7 +161,7 @@ def _torch_cuda() -> dict[str, Any]:
         warnings.simplefilter("ignore")  # torch warns about drivers; the remedies word it
         available = torch.cuda.is_available()
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if available else []
-    return {"cuda_available": available, "devices": names}
+    return {"cuda_available": available, "devices": names, "mps_available": torch.backends.mps.is_available()}
 
 
 def _cuda() -> dict[str, Any]:

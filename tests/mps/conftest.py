@@ -32,7 +32,8 @@ def guard(tmp_path_factory: pytest.TempPathFactory) -> None:
     (folder / "guard.cpp").write_text(_GUARD)
     torch_folder = Path(torch.__file__).parent
     include, libraries = torch_folder / "include", torch_folder / "lib"
-    command = [*compiler.split(), "-std=c++20", "-shared", "-fPIC", f"-I{include}", folder / "guard.cpp",
+    command = [*compiler.split(), "-std=c++20", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
+               "-shared", "-fPIC", f"-I{include}", folder / "guard.cpp",
                f"-L{libraries}", "-lc10", "-o", folder / "guard.so"]  # fmt: skip
     subprocess.run(command, check=True)
     ctypes.CDLL(str(folder / "guard.so"))

@@ -506,14 +506,11 @@ def test_another_default_device_changes_nothing(ops):
     grads, order = gradients(3, 50), torch.tensor([[1, 2], [2, 0], [0, 1]])
     options = [{"seed": 3}, {"order": order}, {"order": "fixed", "weights": [1.0, 2.0, 0.0]}]
     expected = [ops.project_conflicts(g, return_stats=True, **o) for g in (grads, list(grads)) for o in options]
-    torch.set_default_device("meta")
-    try:
+    with torch.device("meta"):
         actual = [ops.project_conflicts(g, return_stats=True, **o) for g in (grads, list(grads)) for o in options]
         gram = ops.gradient_gram(grads), ops.gradient_gram(list(grads))
         with pytest.raises(ValueError, match="grads\\[1, 0\\] must be finite"):
             ops.project_conflicts(torch.stack([grads, grads / torch.zeros((), device="cpu")]))
-    finally:
-        torch.set_default_device(None)
     for (out, stats), (wanted, wanted_stats) in zip(actual, expected, strict=True):
         for a, e in zip([out, stats.cosines_after], [wanted, wanted_stats.cosines_after], strict=True):
             assert_same_bits(*(x[0] if isinstance(x, list) else x for x in (a, e)))

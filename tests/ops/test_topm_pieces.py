@@ -156,22 +156,18 @@ def test_a_histogram_of_another_form_is_refused(histogram, error, message):
 def test_streams_ignore_the_default_device():
     params, base, tuned = torch.zeros(4), torch.zeros(4), torch.tensor([1.0, 3.0, 2.0, 8.0])
     selection, histograms = streaming.Selection(2, False), [HISTOGRAM.clone(), HISTOGRAM.clone()]
-    torch.set_default_device("meta")
-    try:
+    with torch.device("meta"):
         for histogram in histograms:
             streaming.add_histogram_(histogram, [params], [base], [tuned], selection)
             selection = streaming.settle(histogram, selection)
         streaming.apply_([params], [base], [tuned], selection)
-    finally:
-        torch.set_default_device(None)
     assert params.tolist() == [0.0, -3.0, 0.0, -8.0]
 
 
 def test_the_ops_ignore_the_default_device(ops):
     whole, base, tuned = torch.zeros(4, 2), torch.zeros(4), torch.tensor([1.0, 3.0, 2.0, 8.0])
     params = whole[:, 0]
-    torch.set_default_device("meta")
-    try:
+    with torch.device("meta"):
         edit = ops.topm_subtract_(params, base, tuned, m=2, undo=True)
         sparse = ops.sparse_subtract_(params, ops.topm_select(base, tuned, m=1), undo=True)
         with pytest.raises(ValueError, match="must be finite"):
@@ -179,8 +175,6 @@ def test_the_ops_ignore_the_default_device(ops):
         assert params.tolist() == [0.0, -3.0, 0.0, -16.0]
         sparse.revert_(params)
         edit.revert_(params)
-    finally:
-        torch.set_default_device(None)
     assert params.tolist() == [0.0] * 4
     assert edit.kept.tolist() == [2]
 

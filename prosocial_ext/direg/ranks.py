@@ -7,6 +7,7 @@ is why the result is the one-rank result to the bit.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -78,6 +79,7 @@ class Ranks:
 
 
 ALONE = Ranks(0, 1)
+_PAUSE = 0.05  # seconds
 
 
 @contextmanager
@@ -93,7 +95,19 @@ def torchrun_ranks() -> Iterator[Ranks]:
     try:
         yield Ranks(dist.get_rank(), size)
     finally:
-        dist.destroy_process_group()
+        leave()
+
+
+def leave() -> None:
+    """Leave torch.distributed.
+
+    torch 2.6 joins gloo's threads with the GIL held, and that of the last collective may still want it, to let its
+    tensors go: without a pause one of three groups hung.
+    """
+    import torch.distributed as dist
+
+    time.sleep(_PAUSE)
+    dist.destroy_process_group()
 
 
 def append_part(writer: SparseWriter, part: SparseReader) -> None:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from prosocial_ext import cli
 from prosocial_ext.direg import CheckpointError, HarmVector, apply_vector
 from prosocial_ext.direg import extract as extraction
-from prosocial_ext.direg.ranks import Ranks
+from prosocial_ext.direg.ranks import Ranks, leave
 
 CASES: dict[str, dict[str, Any]] = {
     "global": {"density": 0.1},
@@ -44,7 +44,7 @@ def worker(rank: int, size: int, root: Path) -> None:
         with pytest.raises(CheckpointError, match=text):
             HarmVector.from_checkpoints(root / "zeros", root / "nan", out=root / "nothing", ranks=Ranks(rank, size))
     finally:
-        dist.destroy_process_group()
+        leave()
 
 
 def apply(rank: int, port: int, root: Path) -> None:

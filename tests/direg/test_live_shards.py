@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from prosocial_ext.checkpoints.errors import CheckpointError
 from prosocial_ext.direg import HarmVector
+from prosocial_ext.direg.ranks import leave
 from tests.asserts import assert_same_bits
 from tests.direg.files import model, parameters, tuned
 
@@ -62,7 +63,7 @@ def sharded_edits(rank: int, size: int, root: Path) -> None:
                 assert_all(whole(base), expected)
             placements(mesh, vector)
     finally:
-        dist.destroy_process_group()
+        leave()
 
 
 def placements(mesh: dist.DeviceMesh, vector: HarmVector) -> None:

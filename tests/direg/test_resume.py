@@ -25,7 +25,7 @@ from prosocial_ext.checkpoints.outputs import Partial, joined_folder, partials
 from prosocial_ext.direg import HarmVector, apply_vector, checkpoint_edit, revert_checkpoint
 from prosocial_ext.direg import extract as extraction
 from prosocial_ext.direg import stretches as stretching
-from prosocial_ext.direg.ranks import Ranks
+from prosocial_ext.direg.ranks import Ranks, leave
 from prosocial_ext.direg.resume import Work
 from prosocial_ext.direg.stretches import Stretch
 from tests.direg.damage import cut, flip, folder, link, pipe
@@ -302,7 +302,7 @@ def together(run: Run, size: int, when: Callable[[int, str], bool] = lambda i, w
             assert rank or (run.folder / "told").write_text(str(run.taken[0]))
         except StoppedError:
             os._exit(3)
-        dist.destroy_process_group()
+        leave()
 
     meet = run.folder / "meet"
     meet.unlink(missing_ok=True)

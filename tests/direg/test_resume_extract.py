@@ -24,7 +24,7 @@ from prosocial_ext.direg import HarmVector
 from prosocial_ext.direg import extract as extraction
 from prosocial_ext.direg.cut import nothing
 from prosocial_ext.direg.kept import Kept
-from prosocial_ext.direg.ranks import Ranks
+from prosocial_ext.direg.ranks import Ranks, leave
 from tests.direg.damage import cut, flip, folder, link, pipe
 from tests.direg.files import folder_bytes, model, tuned
 from tests.direg.killing import END_SECONDS, Stoppable, changes_of, check_command, kill, start
@@ -233,7 +233,7 @@ def together(run: Run, size: int, when: Callable[[int, str], bool] = lambda i, w
             (run.folder / f"told-{rank}").write_text(json.dumps([run.read, run.taken]))
         except StoppedError:
             os._exit(3)
-        dist.destroy_process_group()
+        leave()
 
     meet = run.folder / "meet"
     meet.unlink(missing_ok=True)

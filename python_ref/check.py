@@ -59,7 +59,10 @@ def abstract(value: object) -> bool:
 
 
 def float64_device(device: torch.device) -> torch.device:
-    """Return where the float64 tensors of a call on ``device`` are: there, or on the host, for MPS has none."""
+    """Return where the float64 tensors of a call on ``device`` are: there, or on the host, for MPS has none.
+
+    Move first and convert then: in one `.to` MPS would convert.
+    """
     return torch.device("cpu") if device.type == "mps" else device
 
 
@@ -67,7 +70,7 @@ def double(value: Any) -> torch.Tensor:
     """Return numbers, or a tensor where it is, in float64; on the host where its device has none."""
     if isinstance(value, torch.Tensor):
         return value.to(float64_device(value.device)).double()
-    return torch.as_tensor(value, dtype=torch.float64)
+    return torch.as_tensor(value, dtype=torch.float64, device="cpu")
 
 
 def values(argument: str, value: torch.Tensor, device: torch.device, rule: str = "be real numbers") -> torch.Tensor:

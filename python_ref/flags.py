@@ -21,7 +21,7 @@ MISSED = (
 def raise_if_bad(result: Result) -> Result:
     """Return ``result`` unchanged, or raise the error that its device flags stand for.
 
-    On a device the ops do not synchronise: a row without a distribution gives token -1 (or NaN log-probs), a gradient
+    On CUDA the ops do not synchronise: a row without a distribution gives token -1 (or NaN log-probs), a gradient
     that is not finite gives NaN and ``ProjectionStats.finite`` False, a delta that is not finite is counted in
     ``TopmEdit.nonfinite``, and negative counts there say that params are spoilt or that a sparse delta was damaged.
     This reads those flags back, so it synchronises.

@@ -32,8 +32,7 @@ def gradient_gram(grads: Gradients) -> torch.Tensor:
             both may differ between tensors), or a sequence of k tensors. float32, float64, float16, bfloat16.
 
     Returns:
-        [..., k, k] float64 (on the CPU for MPS, which has none), symmetric, detached. Without batch dimensions for a
-        sequence.
+        [..., k, k] float64, symmetric, detached. Without batch dimensions for a sequence.
 
     Raises:
         TypeError, ValueError: ``grads`` is not of this form.
@@ -83,8 +82,8 @@ def project_conflicts(
         the pair of that and a `ProjectionStats`.
 
     Raises:
-        TypeError, ValueError: an argument is not of this form, or, on the CPU and MPS, a gradient or weight is not
-            finite (on other devices the output is NaN and ``ProjectionStats.finite`` False).
+        TypeError, ValueError: an argument is not of this form, or, on the CPU only, a gradient or weight is not finite
+            (on other devices the output is NaN and ``ProjectionStats.finite`` False).
 
     >>> project_conflicts(torch.tensor([[1.0, 0.0], [-1.0, 1.0]]))  # [0.5, 0.5] + [0, 1]
     tensor([0.5000, 1.5000])
@@ -215,7 +214,7 @@ def check_weights(weights: torch.Tensor | Sequence[float] | None, form: Form) ->
     if tuple(weights.shape) not in ((form.k,), shape):
         either = f"[{form.k}]" + (f" or {list(shape)}" if form.batch else "")
         check.fail("weights", f"have shape {either}", list(weights.shape), "One weight per objective.")
-    return weights.to(device, torch.float64).expand(shape).reshape(form.groups, form.k)
+    return weights.to(device).double().expand(shape).reshape(form.groups, form.k)
 
 
 def _weight(name: str, value: Any) -> float:

@@ -12,7 +12,7 @@ from prosocial_ext import _C
 
 # The instruction sets to run, best last; PROSOCIAL_TEST_ISA=v4 runs one (the sanitizers are slow).
 ISAS = [isa for isa in _C.available_isas() if os.environ.get("PROSOCIAL_TEST_ISA", isa) == isa]
-MODELS = {"arm", "commands", "decoding", "demo", "evaluation", "examples"}
+MODELS = {"arm", "commands", "decoding", "demo", "evaluation", "examples", "mps"}
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -60,7 +60,7 @@ def gather() -> dict[str, Any]:
             "cores": _cores(),
             "openmp": openmp_libraries(),
         },
-        "torch": {"version": torch.__version__, "cuda_toolkit": torch.version.cuda, **_torch_cuda()},
+        "torch": {"version": torch.__version__, "cuda_toolkit": torch.version.cuda, **_torch_devices()},
         "cuda": _cuda(),
         "libraries": {name: _version(name) for name in _LIBRARIES},
     }
@@ -129,7 +129,7 @@ def report(facts: dict[str, Any]) -> str:
         ("python", f"{python['version']} ({python['system']} {python['machine']}), {python['executable']}"),
         ("torch", f"{torch_facts['version']}, {'CUDA ' + (torch_facts['cuda_toolkit'] or 'not built in')}"),
         ("torch.cuda", f"available: {names}" if torch_facts["cuda_available"] else "not available"),
-        *([("torch.mps", "available; the ops run there by the CPU kernels")] if torch_facts["mps_available"] else []),
+        *([("torch.mps", "available; the ops run on the CPU for it")] if torch_facts["mps_available"] else []),
         ("CPU kernels", f"{cpu['isa']} of {', '.join(cpu['available'])}{forced}"),
         ("threads", f"{cpu['threads']} of {cpu['cores']} cores"),
         ("OpenMP", runtimes),
@@ -156,7 +156,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _torch_cuda() -> dict[str, Any]:
+def _torch_devices() -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns about drivers; the remedies word it
         available = torch.cuda.is_available()

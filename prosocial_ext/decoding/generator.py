@@ -207,7 +207,8 @@ class _Batch:
         self._models = generator.model, generator.arm
         self._vocab_size = generator._vocab_size()
         rows, self._limit, device = len(prompts.ids), limit, self._base.device
-        self._knobs = {name: value.to(device) for name, value in knobs.items()}
+        beside = check.float64_device(device)  # where the op wants them
+        self._knobs = {name: value.to(beside) for name, value in knobs.items()}
         self._eos = torch.tensor(eos, dtype=torch.int64, device=device)
         self.sequences = torch.full((rows, limit), padding, dtype=torch.int64, device=device)
         self.logprobs = torch.zeros(rows, limit, device=device) if with_logprobs else None
@@ -252,7 +253,7 @@ class _Batch:
         for stream in (self._base, self._guide):
             if stream is not None:
                 stream.keep(kept)
-        self._knobs = {name: value[kept] for name, value in self._knobs.items()}
+        self._knobs = {name: value[kept.to(value.device)] for name, value in self._knobs.items()}
         self._rows, self._finished = self._rows[kept], self._finished[kept]
         self._tokens = None if self._tokens is None else self._tokens[kept]
         return kept

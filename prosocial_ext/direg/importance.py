@@ -80,7 +80,7 @@ def _adding(total: Tensor) -> Callable[[Tensor], None]:
 
     def add(parameter: Tensor) -> None:
         assert parameter.grad is not None
-        total.add_(parameter.grad.to(total.device, torch.float32))
+        total.add_(parameter.grad.to(total.device).float())
         parameter.grad = None
 
     return add

@@ -16,6 +16,7 @@ from prosocial_ext.checkpoints.errors import listed, refuse, shown
 from prosocial_ext.direg.shards import local_part, reshard
 from prosocial_ext.direg.sparse_file import Block, SparseTensor
 from prosocial_ext.ops import SparseDelta, TopmEdit
+from prosocial_ext.reference import check
 
 __all__ = ["LiveEdit", "fits", "subtract_live"]
 
@@ -127,6 +128,9 @@ def _delta(vector: Vector, name: str, local: Tensor, first: int) -> SparseDelta:
         here = (positions >= first) & (positions < first + local.numel())
         found.append((positions[here] - first, values[here]))
     real = found[0][1].dtype
+    if real == torch.float64 and check.float64_device(local.device) != local.device:
+        remedy = "Move the model to the CPU, or edit the checkpoint on disk."
+        refuse(f"parameter {shown(name)}", "be where float64 is, as the vector's values are", local.device, remedy)
     positions = torch.cat([p for p, _ in found]).to(local.device)
     values = torch.cat([v for _, v in found]).to(local.device)
     counts = torch.tensor([len(positions)], device=local.device)

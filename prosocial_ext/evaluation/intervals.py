@@ -132,7 +132,7 @@ def bootstrap_difference(
 
 
 def _sample(name: str, values: Any) -> Tensor:
-    sample = torch.as_tensor(values).detach().to("cpu", torch.float64)
+    sample = torch.as_tensor(values).detach().cpu().double()
     if sample.dim() not in (1, 2) or len(sample) < 2 or sample.numel() == 0:
         check.fail(name, "have shape [n] or [n, k] with n >= 2", check.describe(sample), "One value has no spread.")
     if not bool(sample.isfinite().all()):

@@ -78,7 +78,7 @@ def document_losses(
         ValueError: a batch without the keys, or labels of another shape. A label in the first column cannot be
             predicted and counts as none.
     """
-    rows = [torch.zeros(0, 2, dtype=torch.float64)]
+    rows = [torch.zeros(0, 2, dtype=torch.float64, device="cpu")]
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     with torch.no_grad(), evaluating(model, arm):
         for index, batch in enumerate(batches):

@@ -37,7 +37,8 @@ def gradient_gram(grads: Gradients) -> torch.Tensor:
             both may differ between tensors), or a sequence of k tensors. float32, float64, float16, bfloat16.
 
     Returns:
-        [..., k, k] float64, symmetric, detached. A NaN or infinity shows in its row and column; nothing raises for it.
+        [..., k, k] float64 (on the CPU for MPS, which has none), symmetric, detached. A NaN or infinity shows in its
+        row and column; nothing raises for it.
 
     Raises:
         TypeError, ValueError: ``grads`` is not of this form.

@@ -213,7 +213,7 @@ def guided_sample(
         )  # fmt: skip
     logits = arguments.logits(base_logits, guide_logits, vocab_size)
     check.boolean("return_logprobs", return_logprobs)
-    rows, device = base_logits.shape[0], base_logits.device
+    rows, device = base_logits.shape[0], check.float64_device(base_logits.device)  # MPS draws on the host
     stacked = guide_logits is not None and guide_logits.dim() == 3
     strength = arguments.guidance(guidance, rows, logits.num_guides, stacked, device)
     heat = arguments.knob("temperature", temperature, rows, device, torch.float32)
@@ -234,6 +234,10 @@ def guided_sample(
 
 guided_sample.__doc__ = reference.guided_sample.__doc__
 passes_autograd("guided_sample", "guided_sample_rows")
+
+
+def _is_on_mps(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.device.type == "mps"
 
 
 def _plain_vocab(base: Any, guide: Any, vocab_size: int | None) -> int:
@@ -356,8 +360,7 @@ def guided_logprobs(
 ) -> torch.Tensor:
     """Return the log-probs of the guided distribution (see the reference for the full text)."""
     abstract = torch.compiler.is_compiling() or check.abstract(base_logits) or check.abstract(guide_logits)
-    far = isinstance(base_logits, torch.Tensor) and check.float64_device(base_logits.device) != base_logits.device
-    if _backend.use_reference and not abstract and not far:  # with a gradient of its own
+    if _backend.use_reference and not abstract and not _is_on_mps(base_logits):  # with a gradient of its own
         return reference.guided_logprobs(
             base_logits, guide_logits, guidance=guidance, temperature=temperature, vocab_size=vocab_size
         )

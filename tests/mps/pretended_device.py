@@ -88,6 +88,11 @@ def _call(func: Any, args: Any, kwargs: dict[str, Any], mode: _Device | None = N
     name = func.__name__.split(".")[0]
     if far and name not in _MAY_MIX and any(x.dim() and not isinstance(x, Far) for x in given):
         raise RuntimeError(f"{name}: Expected all tensors to be on the same device")
+    if far and "index_put" in name and args[2].dim() and not isinstance(args[2], Far):
+        raise RuntimeError(f"{name}: Expected all tensors to be on the same device")
+    to = args[0].dtype if name == "copy_" else kwargs.get("dtype")
+    if name in ("copy_", "_to_copy") and isinstance(args[name == "copy_"], Far) and to == torch.float64:
+        raise TypeError("MPS has no float64 to convert to before it copies: move first")
     device = kwargs.get("device")
     wanted = bool(far) if device is None else torch.device(device).type == "mps"
     if device is not None:
@@ -100,8 +105,6 @@ def _call(func: Any, args: Any, kwargs: dict[str, Any], mode: _Device | None = N
             return x
         return written[id(x)] if id(x) in written else Far(x) if wanted else x
 
-    if name == "_to_copy" and wanted and kwargs.get("dtype") == torch.float64:
-        Far(torch.empty(0, dtype=torch.float64))
     return tree_map(home, func(*near[0], **near[1]))
 
 

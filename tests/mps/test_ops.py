@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from prosocial_ext import ops
+from prosocial_ext.ops import sampling
 from tests.asserts import assert_same_bits
 
 
@@ -63,6 +65,21 @@ def test_several_guides_and_their_logprobs(mps: torch.device) -> None:
     expected = ops.guided_logprobs(base, guides, **knobs)
     there = {name: value.to(mps) for name, value in knobs.items()}
     same(ops.guided_logprobs(base.to(mps), guides.to(mps), **there), expected, mps)
+
+
+def test_the_gradient_of_logprobs(mps: torch.device) -> None:
+    """By its formula: autograd's engine asks for a device that is there."""
+    base, guides, knobs = torch.randn(3, 40), torch.randn(2, 3, 40), torch.rand(3, 3) + 0.5
+    seen = []
+    for move in (lambda t: t, lambda t: t.to(mps)):
+        given = [move(t) for t in (base, guides, knobs)]
+        out = ops.guided_logprobs(given[0], given[1], guidance=given[2][:, 1:], temperature=given[2][:, 0])
+        ctx = SimpleNamespace(needs_input_grad=(True, True), save_for_backward=lambda *tensors: seen.append(tensors))
+        sampling._logprobs_context(ctx, (*given, 40), out)
+        ctx.saved_tensors = seen[-1]
+        seen.append(sampling._logprobs_gradient(ctx, move(base + 1.0))[:2])
+    for expected, actual in zip(seen[1], seen[3], strict=True):
+        same(actual, expected, mps)
 
 
 def test_bad_logits_are_refused_as_on_the_cpu(mps: torch.device) -> None:

@@ -46,7 +46,7 @@ struct ProcessorFeatures {
         if (__get_cpuid(1, &a, &b, &c, &d)) basic = c;
         if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) extended = b;
         if (__get_cpuid(0x80000001u, &a, &b, &c, &d)) more = c;
-        if (basic & bit_OSXSAVE) __asm__("xgetbv" : "=a"(saved), "=d"(d) : "c"(0));
+        if (basic & bit_OSXSAVE) __asm__ volatile("xgetbv" : "=a"(saved), "=d"(d) : "c"(0));
     }
     static bool all(unsigned word, unsigned wanted) { return (word & wanted) == wanted; }
 

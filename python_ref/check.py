@@ -58,12 +58,17 @@ def abstract(value: object) -> bool:
     return isinstance(value, torch.Tensor) and (value.is_meta or isinstance(value, FakeTensor))
 
 
+def has_float64(device: torch.device) -> bool:
+    """Whether ``device`` holds float64 tensors."""
+    return device.type != "mps"
+
+
 def float64_device(device: torch.device) -> torch.device:
     """Return where the float64 tensors of a call on ``device`` are: there, or on the host, for MPS has none.
 
     Move first and convert then: in one `.to` MPS would convert.
     """
-    return torch.device("cpu") if device.type == "mps" else device
+    return device if has_float64(device) else torch.device("cpu")
 
 
 def double(value: Any) -> torch.Tensor:

@@ -58,9 +58,7 @@ def combine_gradients(
     projected: Any = ops.project_conflicts(gradients, weights=weights, seed=seed, return_stats=True)
     update, stats = projected
     if surgery in ("none", "unit_norm"):
-        factors = (
-            torch.ones(len(gradients), dtype=torch.float64, device="cpu") if weights is None else weights.cpu().double()
-        )
+        factors = check.double([1.0] * len(gradients) if weights is None else weights.cpu())
         if surgery == "unit_norm":
             squares = ops.gradient_gram(gradients).diagonal().cpu()
             factors = torch.where(squares > 0, factors / squares.sqrt(), 0.0)

@@ -128,7 +128,7 @@ def _delta(vector: Vector, name: str, local: Tensor, first: int) -> SparseDelta:
         here = (positions >= first) & (positions < first + local.numel())
         found.append((positions[here] - first, values[here]))
     real = found[0][1].dtype
-    if real == torch.float64 and check.float64_device(local.device) != local.device:
+    if real == torch.float64 and not check.has_float64(local.device):
         remedy = "Move the model to the CPU, or edit the checkpoint on disk."
         refuse(f"parameter {shown(name)}", "be where float64 is, as the vector's values are", local.device, remedy)
     positions = torch.cat([p for p, _ in found]).to(local.device)

@@ -236,10 +236,6 @@ guided_sample.__doc__ = reference.guided_sample.__doc__
 passes_autograd("guided_sample", "guided_sample_rows")
 
 
-def _is_on_mps(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.device.type == "mps"
-
-
 def _plain_vocab(base: Any, guide: Any, vocab_size: int | None) -> int:
     """The vocabulary where one compound test shows that nothing can be wrong, else 0."""
     if (
@@ -360,7 +356,8 @@ def guided_logprobs(
 ) -> torch.Tensor:
     """Return the log-probs of the guided distribution (see the reference for the full text)."""
     abstract = torch.compiler.is_compiling() or check.abstract(base_logits) or check.abstract(guide_logits)
-    if _backend.use_reference and not abstract and not _is_on_mps(base_logits):  # with a gradient of its own
+    on_mps = isinstance(base_logits, torch.Tensor) and not check.has_float64(base_logits.device)
+    if _backend.use_reference and not abstract and not on_mps:  # with a gradient of its own
         return reference.guided_logprobs(
             base_logits, guide_logits, guidance=guidance, temperature=temperature, vocab_size=vocab_size
         )

@@ -40,6 +40,11 @@ def far(near: tuple[Any, Any], mps: torch.device) -> tuple[Any, Any]:
     return copy.deepcopy(near[0]).to(mps), copy.deepcopy(near[1]).to(mps)
 
 
+def allow_subclasses(patch: pytest.MonkeyPatch, model: Any) -> None:
+    """Let a live edit take what only pretends: it refuses all but plain tensors."""
+    patch.setattr("prosocial_ext.direg.shards.Tensor", type(model.lm_head.weight.detach()))
+
+
 def assert_same_parameters(model: Any, expected: Any) -> None:
     for (name, actual), wanted in zip(model.named_parameters(), expected.parameters(), strict=True):
         assert actual.device.type == "mps"
@@ -68,7 +73,7 @@ def test_a_harm_vector_is_made_subtracted_and_taken_back(
             assert_same_bits(one[1], other[1], name)
     before = copy.deepcopy(near[0])
     with expected.subtracted_from(near[0], scale=0.5), monkeypatch.context() as patch:
-        patch.setattr("prosocial_ext.direg.shards.Tensor", type(far[0].lm_head.weight.detach()))  # refuses subclasses
+        allow_subclasses(patch, far[0])
         with vector.subtracted_from(far[0], scale=0.5):
             assert_same_parameters(far[0], near[0])
     assert_same_parameters(far[0], before)
@@ -78,7 +83,7 @@ def test_float64_values_are_refused(
     near: tuple[Any, Any], far: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vector = pse.HarmVector.from_models(*(copy.deepcopy(model).double() for model in near), density=0.1)
-    monkeypatch.setattr("prosocial_ext.direg.shards.Tensor", type(far[0].lm_head.weight.detach()))
+    allow_subclasses(monkeypatch, far[0])
     with pytest.raises(direg.CheckpointError, match=r"must be where float64 is.*got mps"):
         vector.subtract_(far[0])
     assert_same_parameters(far[0], near[0])

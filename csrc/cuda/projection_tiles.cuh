@@ -1,0 +1,179 @@
+// 1 of projection.cu where it is few blocks of columns: tiles of pairs over rows staged in shared memory, so that many
+// threads share a block's chain of sums.
+#pragma once
+#include "cuda/projection_join.cuh"
+
+namespace pse {
+namespace cuda {
+
+// kThreads threads take kSuper rows against kSuper rows of one block of columns, kColumns at a time.
+template <int tile, int super, int columns, int threads>
+struct TileShape {
+    static constexpr int kTile = tile;  // kTile^2 sums in registers for 2 kTile loads from shared memory
+    static constexpr int kSuper = super;
+    static constexpr int kColumns = columns;
+    static constexpr int kThreads = threads;
+    static constexpr int kSide = super / tile;
+    static constexpr bool kOneSuper = super <= kInline;  // all rows at once, and the join in the same launch
+    static constexpr int kStaged = kOneSuper ? super : 2 * super;
+    // Rows of 8 lanes, one row free behind each tile, an odd number in all: tiles, and steps, then meet in other banks.
+    static constexpr int kStride = (kStaged + kStaged / tile) | 1;
+    static constexpr int kSlab = columns / kLanes * kStride * kLanes;
+    static constexpr int kFetched = kStaged * columns / threads;  // values per thread and slab
+    static_assert(columns % threads == 0 || threads % columns == 0, "a warp fetches from one row");
+    static_assert(kStaged * columns % threads == 0, "every thread fetches as many");
+    static_assert((kOneSuper ? kSide * (kSide + 1) / 2 : kSide * kSide) * kLanes <= threads,
+                  "a thread per tile and lane");
+    static_assert(kSlab * 8 <= 42 << 10, "static shared memory, beside the recurrence's");
+};
+// Slabs as long as memory takes to answer: a slab's sums are a chain of columns / 8 steps of 8 to 16 cycles.
+using FewColumns = TileShape<2, 6, 512, 256>;  // 4 sums a thread
+using MoreRows = TileShape<4, 16, 256, 256>;   // 16 sums: half the loads from shared memory per product
+using ManyRows = TileShape<8, 32, 32, 128>;    // k^2 / 2048 super tiles, each of which reads its rows again (L2)
+
+struct Tile {
+    int left, right;  // where its rows begin in the slab
+    bool active;
+};
+
+// Of a column's element in the slab. Rows of one tile are kLanes apart, so a thread adds constants to what it knows of
+// its tile: computed per element, this was more instructions than the sums.
+template <class Shape>
+PSE_HD constexpr int slab_index(int row, int column) {
+    return (column / kLanes * Shape::kStride + row + row / Shape::kTile) * kLanes + column % kLanes;
+}
+
+// Element u of a thread's share of a slab.
+template <class Shape>
+struct Fetched {
+    static constexpr int kRowsAtOnce = Shape::kThreads > Shape::kColumns ? Shape::kThreads / Shape::kColumns : 1;
+    static constexpr int kOfRow = Shape::kThreads < Shape::kColumns ? Shape::kColumns / Shape::kThreads : 1;
+    static_assert(Shape::kTile % kRowsAtOnce == 0, "a tile begins with one of a thread's elements, or between them");
+    // How many elements of this thread are of the first `rows` rows.
+    PSE_METHOD static int count(int rows) {
+        return (rows - thread() / Shape::kColumns + kRowsAtOnce - 1) / kRowsAtOnce * kOfRow;
+    }
+    PSE_METHOD static int row(int u) { return u * Shape::kThreads / Shape::kColumns + thread() / Shape::kColumns; }
+    PSE_METHOD static int column(int u) { return u * Shape::kThreads % Shape::kColumns + thread() % Shape::kColumns; }
+    PSE_METHOD static int index(int u) {
+        const int first = slab_index<Shape>(0, thread() % Shape::kColumns) + thread() / Shape::kColumns * kLanes;
+        return first + slab_index<Shape>(u * Shape::kThreads / Shape::kColumns, u * Shape::kThreads % Shape::kColumns);
+    }
+};
+
+// A thread's values of the slab that begins at `start`; zeros beyond the columns leave every sum as it is.
+template <class Shape, class T>
+PSE_DEVICE void fetch_slab(Shared<int64_t> addresses, int mine, int count, int start, T* raw) {
+    PSE_UNROLL
+    for (int u = 0; u < Shape::kFetched; ++u) {
+        const int column = start + Fetched<Shape>::column(u);
+        raw[u] = T{};
+        if (u < mine && column < count)
+            raw[u] = load(global<const T>(load(addresses, Fetched<Shape>::row(u)), count), column);
+    }
+}
+
+template <class Shape, class T>
+PSE_DEVICE void add_tiles(const Piece& piece, Shared<int64_t> addresses, int rows, Shared<double> slab,
+                          const Tile& tile, double* sum) {
+    constexpr bool kExact = sizeof(T) < 8;
+    constexpr int kTile = Shape::kTile;
+    constexpr bool kAhead = sizeof(T) < 8 || kTile < 4;  // the next values would spill beside so many sums
+    const int mine = Fetched<Shape>::count(rows);
+    T raw[Shape::kFetched];
+    if (kAhead) fetch_slab<Shape, T>(addresses, mine, piece.count, 0, raw);
+    for (int start = 0; start < piece.count; start += Shape::kColumns) {
+        if (!kAhead) fetch_slab<Shape, T>(addresses, mine, piece.count, start, raw);
+        PSE_UNROLL
+        for (int u = 0; u < Shape::kFetched; ++u) {
+            if (u < mine) store(slab, Fetched<Shape>::index(u), widened(raw[u]));
+        }
+        sync_block();
+        // In flight during the sums.
+        if (kAhead) fetch_slab<Shape, T>(addresses, mine, piece.count, start + Shape::kColumns, raw);
+        const int steps = (smaller(Shape::kColumns, piece.count - start) + kLanes - 1) / kLanes;
+        for (int step = 0; step < steps && tile.active; ++step) {
+            const int at = step * Shape::kStride * kLanes + thread() % kLanes;
+            double x[kTile];
+            PSE_UNROLL
+            for (int i = 0; i < kTile; ++i) x[i] = load(slab, tile.left + at + i * kLanes);
+            PSE_UNROLL
+            for (int j = 0; j < kTile; ++j) {
+                const double y = load(slab, tile.right + at + j * kLanes);
+                PSE_UNROLL
+                for (int i = 0; i < kTile; ++i) sum[i * kTile + j] = add_product<kExact>(sum[i * kTile + j], x[i], y);
+            }
+        }
+        sync_block();
+    }
+}
+
+template <class Shape>
+PSE_KERNEL(Shape::kThreads, kAnyOccupancy)
+gram_tiles(Arrays a) {
+    after_earlier_launches();
+    constexpr int kTile = Shape::kTile, kSide = Shape::kSide;
+    PSE_SHARED(int64_t, addresses, Shape::kStaged);
+    PSE_SHARED(double, slab, Shape::kSlab);
+    const int k = int(a.k);
+    // Super tiles of one block of columns are neighbours in the grid, so that the L2 holds what they share.
+    const int64_t super_rows = divide_up(k, Shape::kSuper), supers = pairs_of(super_rows);
+    const int64_t block_of_columns = block() / supers % a.blocks, group = block() / supers / a.blocks;
+    const int super = int(block() % supers);
+    int super_left = 0;
+    while (pairs_of(super_left + 1) <= super) ++super_left;
+    const int super_right = super - int(pairs_of(super_left));
+    const bool diagonal = super_left == super_right;
+
+    // Off the diagonal the right rows come first: there are always kSuper of them.
+    const Piece piece = piece_of(a, block_of_columns);
+    const int first_left = diagonal ? 0 : Shape::kSuper;
+    const int rows = first_left + smaller(Shape::kSuper, k - super_left * Shape::kSuper);
+    for (int r = thread(); r < rows; r += Shape::kThreads) {
+        const int row = r < first_left ? super_right * Shape::kSuper + r : super_left * Shape::kSuper + r - first_left;
+        store(addresses, r, row_address(a, piece, group, row));
+    }
+    // The last tile's rows beyond k: their sums are of no use, but they are read.
+    const int padding = (kTile - rows % kTile) % kTile;
+    for (int e = thread(); e < padding * Shape::kColumns; e += Shape::kThreads)
+        store(slab, slab_index<Shape>(rows + e / Shape::kColumns, e % Shape::kColumns), 0.0);
+    const int t = thread() / kLanes;
+    int tile_left = t / kSide, tile_right = t % kSide;
+    bool active = t < kSide * kSide;
+    if (diagonal) {
+        tile_left = 0;
+        while (pairs_of(tile_left + 1) <= t) ++tile_left;
+        tile_right = t - int(pairs_of(tile_left));
+        active = tile_left < kSide;
+    }
+    const int left = super_left * Shape::kSuper + tile_left * kTile;
+    const int right = super_right * Shape::kSuper + tile_right * kTile;
+    const Tile tile = {slab_index<Shape>(first_left + tile_left * kTile, 0), slab_index<Shape>(tile_right * kTile, 0),
+                       active && left < k && right < k};
+
+    double sum[kTile * kTile];
+    PSE_UNROLL
+    for (int p = 0; p < kTile * kTile; ++p) sum[p] = 0.0;
+    sync_block();
+    switch (piece.dtype) {
+        case DType::f32: add_tiles<Shape, float>(piece, addresses, rows, slab, tile, sum); break;
+        case DType::f64: add_tiles<Shape, double>(piece, addresses, rows, slab, tile, sum); break;
+        case DType::f16: add_tiles<Shape, f16_t>(piece, addresses, rows, slab, tile, sum); break;
+        case DType::bf16: add_tiles<Shape, bf16_t>(piece, addresses, rows, slab, tile, sum); break;
+    }
+    const int64_t partial = (group * a.blocks + block_of_columns) * a.pairs;
+    PSE_UNROLL
+    for (int p = 0; p < kTile * kTile; ++p) {
+        const double joined = join_lanes_of_threads(sum[p]);
+        const int i = left + p / kTile, j = right + p % kTile;
+        if (tile.active && thread() % kLanes == p % kLanes && i < k && j <= i)
+            store(a.partials, partial + pair_index(i, j), joined);
+    }
+    if constexpr (Shape::kOneSuper) {
+        const int64_t run = block_of_columns / kGramRun;
+        join_inline(a, group, run, smaller(kGramRun, a.blocks - run * kGramRun));
+    }
+}
+
+}  // namespace cuda
+}  // namespace pse

@@ -5,6 +5,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cmath>
 #include <map>
 #include <memory>
 #include <stdexcept>
@@ -73,6 +74,12 @@ struct Copy {
     std::string bytes;
 };
 
+// What a lane brings to multiply_add_tiles().
+struct TileOperands {
+    double* d;
+    double upper, lower, right;
+};
+
 struct Fiber {
     enum class State { ready, at_cluster, at_barrier, at_warp, done };
 
@@ -84,6 +91,7 @@ struct Fiber {
     uint32_t warp_epoch = 0;
     uint64_t mine = 0;
     uint64_t all[kWarp];
+    TileOperands* tiles = nullptr;
     char* stack = nullptr;
 #if defined(__x86_64__)
     void* saved = nullptr;
@@ -509,27 +517,46 @@ static void leave(Fiber& fiber) {
                    ", which leaves the kernel without a cluster barrier after it");
 }
 
-void exchange(uint64_t mine, uint64_t (&all)[kWarp], Place place) {
-    Fiber& fiber = *now->current;
-    Block& block = *fiber.block;
-    const int first = fiber.thread / kWarp * kWarp;
-    const auto each = [&](const auto& f) { each_thread(block, first, kWarp, f); };
-    fiber.mine = mine;
-    meet(block.warps[size_t(warp())], kWarp, Fiber::State::at_warp, "warp collective", place, each, [&] {
-        for (int to = first; to < first + kWarp; ++to)
-            for (int from = 0; from < kWarp; ++from)
-                block.fibers[size_t(to)]->all[from] = block.fibers[size_t(first + from)]->mine;
-    });
-    std::memcpy(all, fiber.all, sizeof fiber.all);
-}
-
-void sync_warp(Place place) {
+// All lanes of a warp; `release` is called with the warp's first fiber in the block, once they have come.
+template <class Release>
+static void meet_warp(Place place, const Release& release) {
     Fiber& fiber = *now->current;
     Block& block = *fiber.block;
     const int first = fiber.thread / kWarp * kWarp;
     const auto each = [&](const auto& f) { each_thread(block, first, kWarp, f); };
     meet(block.warps[size_t(warp())], kWarp, Fiber::State::at_warp, "warp collective", place, each,
-         [&] { each([](Fiber& other) { ++other.warp_epoch; }); });
+         [&] { release(&block.fibers[size_t(first)]); });
+}
+
+void exchange(uint64_t mine, uint64_t (&all)[kWarp], Place place) {
+    Fiber& fiber = *now->current;
+    fiber.mine = mine;
+    meet_warp(place, [](const auto* lanes) {
+        for (int to = 0; to < kWarp; ++to)
+            for (int from = 0; from < kWarp; ++from) lanes[to]->all[from] = lanes[from]->mine;
+    });
+    std::memcpy(all, fiber.all, sizeof fiber.all);
+}
+
+void multiply_add_tiles(double (&d)[4], double upper, double lower, double right, Place place) {
+    TileOperands mine = {d, upper, lower, right};
+    now->current->tiles = &mine;
+    meet_warp(place, [](const auto* lanes) {
+        for (int to = 0; to < kWarp; ++to)
+            for (int e = 0; e < 4; ++e)
+                for (int c = 0; c < 4; ++c) {
+                    const TileOperands& a = *lanes[to / 4 * 4 + c]->tiles;
+                    const TileOperands& b = *lanes[(to % 4 * 2 + e % 2) * 4 + c]->tiles;
+                    double& sum = lanes[to]->tiles->d[e];
+                    sum = std::fma(e < 2 ? a.upper : a.lower, b.right, sum);
+                }
+    });
+}
+
+void sync_warp(Place place) {
+    meet_warp(place, [](const auto* lanes) {
+        for (int i = 0; i < kWarp; ++i) ++lanes[i]->warp_epoch;
+    });
 }
 
 bool last_block(const Global<uint32_t>& tickets, int64_t i, uint32_t count, Place place) {

@@ -249,9 +249,11 @@ void wait_for_copies(size_t left, Place place);
 
 template <int N, class T>
 void copy_async(const Shared<T>& to, int64_t i, const Global<const T>& from, int64_t j, PSE_PLACE) {
-    static_assert(sizeof(T) * N == 16, "copies have 16 bytes");
+    constexpr int kBytes = int(sizeof(T)) * N;
+    static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "what the hardware copies");
     if ((to.offset + i) % N != 0)
-        fail("a copy to " + shared_name(to, to.offset + i) + ", not a multiple of 16 bytes", place);
+        fail("a copy to " + shared_name(to, to.offset + i) + ", not a multiple of " + std::to_string(kBytes) + " bytes",
+             place);
     const Vector<T, N> values = load_vector<N>(from, j, place);
     for (int n = 0; n < N; ++n) {
         shared_element(to, i + n, place);
@@ -340,6 +342,8 @@ inline uint32_t ballot(bool vote, PSE_PLACE) {
     for (int i = 0; i < kWarp; ++i) votes |= uint32_t(all[i]) << i;
     return votes;
 }
+
+void multiply_add_tiles(double (&d)[4], double upper, double lower, double right, PSE_PLACE);
 
 // ---- atomics
 

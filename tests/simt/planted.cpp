@@ -65,6 +65,20 @@ PSE_KERNEL(kThreads) shuffle_in_a_branch(Global<int32_t> data) {
     if (lane() < 16) x = shuffle(x, 0);
     store(data, thread(), x);
 }
+// Of the matrix that holds 0, 1, 2, ... row by row: its first 16 rows of 4 by its first 8, transposed.
+PSE_KERNEL(kThreads) product_of_tiles(Global<int32_t> data) {
+    after_earlier_launches();
+    if (warp() != 0) return;
+    double d[4] = {};
+    multiply_add_tiles(d, lane(), 32 + lane(), lane());
+    for (int e = 0; e < 4; ++e) store(data, (lane() / 4 + e / 2 * 8) * 8 + lane() % 4 * 2 + e % 2, int32_t(d[e]));
+}
+PSE_KERNEL(kThreads) product_of_half_a_tile(Global<int32_t> data) {
+    after_earlier_launches();
+    double d[4] = {};
+    if (lane() < 16) multiply_add_tiles(d, lane(), lane(), lane());
+    store(data, thread(), int32_t(d[0]));
+}
 PSE_KERNEL(kThreads) early_return(Global<int32_t> data) {
     after_earlier_launches();
     if (thread() == 5) return;
@@ -374,6 +388,8 @@ std::vector<std::string> planted_names() {
             "barrier_in_a_branch",
             "two_barriers_that_differ",
             "shuffle_in_a_branch",
+            "product_of_tiles",
+            "product_of_half_a_tile",
             "early_return",
             "off_by_one",
             "before_the_first",
@@ -437,6 +453,8 @@ std::vector<int32_t> planted(const std::string& name) {
     PSE_ONE(barrier_in_a_branch, 1);
     PSE_ONE(two_barriers_that_differ, 1);
     PSE_ONE(shuffle_in_a_branch, 1);
+    PSE_ONE(product_of_tiles, 1);
+    PSE_ONE(product_of_half_a_tile, 1);
     PSE_ONE(early_return, 1);
     PSE_ONE(off_by_one, 1);
     PSE_ONE(before_the_first, 1);

@@ -4,6 +4,7 @@ import re
 from types import ModuleType
 
 import pytest
+import torch
 
 SCHEDULES = [(seed, interleaved) for seed in range(8) for interleaved in (False, True)]
 
@@ -12,6 +13,7 @@ SOUND = {
     "shift_in_a_warp": [1, 0, 3],
     "reverse_by_copies": [63, 62, 63],
     "count_with_atomics": [192, 1, 2],
+    "product_of_tiles": [14, 38, 62],
     "sum_by_the_last_block": [1, 1, 1],
     "core_function": [5, 6, 7],
     "neighbours": [163, 162, 161],
@@ -27,6 +29,7 @@ BROKEN = {
     "barrier_in_a_branch": "barrier that thread [0-9]+ cannot reach|waits for ever: barrier",
     "two_barriers_that_differ": "diverged barrier: thread [0-9]+ waits at planted.cpp",
     "shuffle_in_a_branch": "warp collective that thread [0-9]+ cannot reach|waits for ever: warp collective",
+    "product_of_half_a_tile": "warp collective that thread [0-9]+ cannot reach|waits for ever: warp collective",
     "early_return": "barrier that thread 5 cannot reach|waits for ever: barrier",
     "off_by_one": "index 256 of a global buffer of 256",
     "before_the_first": "index -1 of a global buffer of 256",
@@ -100,6 +103,11 @@ def test_a_result_that_depends_on_the_order_of_blocks_differs_between_schedules(
         harness.set_schedule(seed, interleaved)
         results.add(tuple(harness.planted("depends_on_block_order")[:3]))
     assert len(results) > 2
+
+
+def test_tiles_are_multiplied_as_matrices(harness: ModuleType) -> None:
+    counted = torch.arange(64).view(16, 4)
+    assert harness.planted("product_of_tiles")[:128] == (counted @ counted[:8].T).flatten().tolist()
 
 
 def test_the_ticket_is_left_as_it_was_found(harness: ModuleType) -> None:

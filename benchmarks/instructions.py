@@ -10,7 +10,8 @@ out.
 The cycles are those of a quarter of a multiprocessor per warp, on compute capability 8.0 and 9.0 (CUDA C++ Programming
 Guide, throughput of native arithmetic instructions): one instruction is issued a cycle; per cycle 32 lanes of fp32, 16
 of integers, comparisons, selects, minima, integer products (on the fp32 pipe) and fp64, 8 of memory and shuffles, 4 of
-the rest. Memory gives a quarter of an H200's multiprocessor 4.6 bytes a cycle: 4.25 TB/s by 132 of them, at 1.755 GHz.
+the rest. A product of fp64 tiles, 16 x 8 x 4 on 9.0 and half of that on 8.0, has the tensor cores for 16 cycles. Memory
+gives a quarter of an H200's multiprocessor 4.6 bytes a cycle: 4.25 TB/s by 132 of them, at 1.755 GHz.
 """
 
 from __future__ import annotations
@@ -28,13 +29,14 @@ from pathlib import Path
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 
 # Cycles of a warp instruction by pipe; "integer" is what is named nowhere.
-CYCLES = {"fp32": 1, "product": 2, "integer": 2, "fp64": 2, "memory": 4, "special": 8, "other": 0}
+CYCLES = {"fp32": 1, "product": 2, "integer": 2, "fp64": 2, "memory": 4, "special": 8, "tensor": 16, "other": 0}
 NAMES = {
     "fp32": "FADD FFMA FMUL",
     "product": "HADD2 HFMA2 HMUL2 IMAD",
     "fp64": "DADD DFMA DMUL DSETP",
     "memory": "ATOM ATOMG ATOMS LD LDG LDGSTS LDL LDS RED REDG SHFL ST STG STL STS",
     "special": "BREV F2F F2I FLO I2F MUFU POPC S2R",
+    "tensor": "DMMA",
     "other": "ACQBULK BAR BMOV BRA BREAK BSSY BSYNC CALL CCTL CS2R DEPBAR ERRBAR EXIT LDC LDGDEPBAR MEMBAR "
     "NANOSLEEP NOP PREEXIT R2UR RET WARPSYNC YIELD",
 }

@@ -2,9 +2,9 @@
 // Bytes  reads 2kN elements, writes N, however many projections happen: k = 5 in fp32 is 44 N bytes.
 // Floor  N = 2e7, k = 5, fp32: 880 MB, 207 us at 4.25 TB/s.
 // Story  1 gram     partial sums of all pairs per block of kGramBlock columns, in fp64, in the order of
-//                   core/gram_order.h. Few objectives: a thread is one lane of one block and holds every pair in
-//                   registers, or half of them; rows come by asynchronous copies. Many, or few blocks: rows staged
-//                   in shared memory as fp64, kTile x kTile pairs a thread.
+//                   core/gram_order.h. Up to kInline objectives a thread is one lane of one block and holds every
+//                   pair in registers, or half of them; where blocks are few, tiles of pairs, so that more threads
+//                   share a block. More objectives: tiles of 16 x 8 pairs by the tensor cores.
 //        2 join     the last block of a run adds its blocks up, the last run of the group its runs.
 //        3 recur    k-vectors in fp64 (core/pcgrad.h): coefficients of the projections, then of their sum.
 //        4 combine  out = sum_j c_j g_j in fp64, j ascending, unfused, rounded once; last columns first, which the
@@ -17,6 +17,7 @@
 #include "cuda/projection.h"
 
 #include "cuda/projection_combine.cuh"
+#include "cuda/projection_mma.cuh"
 #include "cuda/projection_registers.cuh"
 #include "cuda/projection_tiles.cuh"
 
@@ -124,8 +125,12 @@ static int launch_registers(const Arrays& a, const Target& target) {
 
 template <class Shape>
 static int launch_tiles(const Arrays& a, const Target& target) {
-    const int64_t supers = pairs_of(divide_up(a.k, Shape::kSuper));
-    return launch("gram_tiles", target, a.groups * a.blocks * supers, Shape::kThreads, gram_tiles<Shape>, a);
+    return launch("gram_tiles", target, a.groups * a.blocks, Shape::kThreads, gram_tiles<Shape>, a);
+}
+
+static int launch_mma(const Arrays& a, const Target& target) {
+    const int64_t supers = pairs_of(divide_up(a.k, Super::kSuper));
+    return launch("gram_mma", target, a.groups * a.blocks * supers, Super::kThreads, gram_mma, a);
 }
 
 // Steps 1 to 3.
@@ -135,14 +140,14 @@ static int gram_and_recur(const Arrays& a, const Layout& layout, const Projectio
         fill_zero(target, reinterpret_cast<void*>(call.scratch + layout.tickets), 4 * a.groups * a.tickets_per_group);
     if (error != 0) return error;
     const bool few = call.path == GramPath::automatic ? a.groups * a.blocks < kFewBlocks : call.path == GramPath::tiles;
-    if (a.k <= kRegisterRows && !few)
-        error = launch_registers<kRegisterRows>(a, target);
-    else if (a.k <= FewColumns::kSuper)
+    if (a.k > kInline)
+        error = launch_mma(a, target);
+    else if (!few)
+        error = launch_registers<int(kInline)>(a, target);
+    else if (a.k <= FewColumns::kRows)
         error = launch_tiles<FewColumns>(a, target);
-    else if (a.k <= MoreRows::kSuper)
-        error = launch_tiles<MoreRows>(a, target);
     else
-        error = launch_tiles<ManyRows>(a, target);
+        error = launch_tiles<MoreRows>(a, target);
     if (error != 0 || a.k <= kInline) return error;
     const int64_t chunks = divide_up(a.pairs, kJoinThreads);
     error = launch("join_pairs", target, a.groups * a.runs * chunks, kJoinThreads, join_pairs, a);

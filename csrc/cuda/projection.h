@@ -12,7 +12,8 @@ namespace cuda {
 
 constexpr int64_t kMostObjectives = 256;
 
-// Which kernel forms the partial Gram sums: all give the same bits. `automatic` is what callers want, tests the others.
+// Which kernel forms the partial Gram sums of up to 16 objectives: all give the same bits. `automatic` is what callers
+// want, tests the others.
 enum class GramPath : int { automatic = 0, registers = 1, tiles = 2 };
 
 // k gradients per group. Contiguous [groups, k, n] has its address in `grads`; k lists of tensors have one group and

@@ -7,6 +7,13 @@ namespace cuda {
 
 constexpr int kJoinThreads = 256;
 
+// join_lanes() for 8 neighbouring threads, a lane each: every one of them gets the result.
+PSE_DEVICE double join_lanes_of_threads(double x) {
+    x = add_rn(x, shuffle_xor(x, 4));
+    x = add_rn(x, shuffle_xor(x, 2));
+    return add_rn(x, shuffle_xor(x, 1));
+}
+
 // A column of sums, in order from 0. As many loads as half a run has blocks wait for memory once, the last ones too.
 PSE_DEVICE double sum_in_order(Global<const double> sums, int64_t count, int stride) {
     constexpr int kAtOnce = int(kGramRun) / 2;

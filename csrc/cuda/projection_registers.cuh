@@ -9,8 +9,7 @@
 namespace pse {
 namespace cuda {
 
-constexpr int kWarpRows = 12;          // 78 sums of a thread are 156 registers
-constexpr int64_t kRegisterRows = 16;  // two warps share 136 sums
+constexpr int kWarpRows = 12;  // 78 sums of a thread are 156 registers; two warps share the 136 of 16 rows
 
 template <int rows>
 struct Ring {
@@ -139,13 +138,6 @@ PSE_DEVICE void add_rows(const Arrays& a, const Piece& piece, int64_t group, int
                          Shared<uint16_t> ring, double* sum) {
     const int done = straight ? add_lines<kRows, T>(a, piece, group, part, ring, sum) : 0;
     add_columns<kRows, T>(a, piece, group, part, done, sum);
-}
-
-// join_lanes() for 8 neighbouring threads, a lane each: every one of them gets the result.
-PSE_DEVICE double join_lanes_of_threads(double x) {
-    x = add_rn(x, shuffle_xor(x, 4));
-    x = add_rn(x, shuffle_xor(x, 2));
-    return add_rn(x, shuffle_xor(x, 1));
 }
 
 template <int kRows>

@@ -6,30 +6,26 @@
 namespace pse {
 namespace cuda {
 
-// kThreads threads take kSuper rows against kSuper rows of one block of columns, kColumns at a time.
-template <int tile, int super, int columns, int threads>
+// A thread block takes all rows of one block of columns, kColumns at a time.
+template <int tile, int rows, int columns, int threads>
 struct TileShape {
     static constexpr int kTile = tile;  // kTile^2 sums in registers for 2 kTile loads from shared memory
-    static constexpr int kSuper = super;
+    static constexpr int kRows = rows;  // at most
     static constexpr int kColumns = columns;
     static constexpr int kThreads = threads;
-    static constexpr int kSide = super / tile;
-    static constexpr bool kOneSuper = super <= kInline;  // all rows at once, and the join in the same launch
-    static constexpr int kStaged = kOneSuper ? super : 2 * super;
+    static constexpr int kSide = rows / tile;
     // Rows of 8 lanes, one row free behind each tile, an odd number in all: tiles, and steps, then meet in other banks.
-    static constexpr int kStride = (kStaged + kStaged / tile) | 1;
+    static constexpr int kStride = (rows + kSide) | 1;
     static constexpr int kSlab = columns / kLanes * kStride * kLanes;
-    static constexpr int kFetched = kStaged * columns / threads;  // values per thread and slab
+    static constexpr int kFetched = rows * columns / threads;  // values per thread and slab
     static_assert(columns % threads == 0 || threads % columns == 0, "a warp fetches from one row");
-    static_assert(kStaged * columns % threads == 0, "every thread fetches as many");
-    static_assert((kOneSuper ? kSide * (kSide + 1) / 2 : kSide * kSide) * kLanes <= threads,
-                  "a thread per tile and lane");
+    static_assert(rows * columns % threads == 0, "every thread fetches as many");
+    static_assert(kSide * (kSide + 1) / 2 * kLanes <= threads, "a thread per tile and lane");
     static_assert(kSlab * 8 <= 42 << 10, "static shared memory, beside the recurrence's");
 };
 // Slabs as long as memory takes to answer: a slab's sums are a chain of columns / 8 steps of 8 to 16 cycles.
 using FewColumns = TileShape<2, 6, 512, 256>;  // 4 sums a thread
 using MoreRows = TileShape<4, 16, 256, 256>;   // 16 sums: half the loads from shared memory per product
-using ManyRows = TileShape<8, 32, 32, 128>;    // k^2 / 2048 super tiles, each of which reads its rows again (L2)
 
 struct Tile {
     int left, right;  // where its rows begin in the slab
@@ -112,54 +108,33 @@ template <class Shape>
 PSE_KERNEL(Shape::kThreads, kAnyOccupancy)
 gram_tiles(Arrays a) {
     after_earlier_launches();
-    constexpr int kTile = Shape::kTile, kSide = Shape::kSide;
-    PSE_SHARED(int64_t, addresses, Shape::kStaged);
+    constexpr int kTile = Shape::kTile;
+    PSE_SHARED(int64_t, addresses, Shape::kRows);
     PSE_SHARED(double, slab, Shape::kSlab);
     const int k = int(a.k);
-    // Super tiles of one block of columns are neighbours in the grid, so that the L2 holds what they share.
-    const int64_t super_rows = divide_up(k, Shape::kSuper), supers = pairs_of(super_rows);
-    const int64_t block_of_columns = block() / supers % a.blocks, group = block() / supers / a.blocks;
-    const int super = int(block() % supers);
-    int super_left = 0;
-    while (pairs_of(super_left + 1) <= super) ++super_left;
-    const int super_right = super - int(pairs_of(super_left));
-    const bool diagonal = super_left == super_right;
-
-    // Off the diagonal the right rows come first: there are always kSuper of them.
+    const int64_t block_of_columns = block() % a.blocks, group = block() / a.blocks;
     const Piece piece = piece_of(a, block_of_columns);
-    const int first_left = diagonal ? 0 : Shape::kSuper;
-    const int rows = first_left + smaller(Shape::kSuper, k - super_left * Shape::kSuper);
-    for (int r = thread(); r < rows; r += Shape::kThreads) {
-        const int row = r < first_left ? super_right * Shape::kSuper + r : super_left * Shape::kSuper + r - first_left;
-        store(addresses, r, row_address(a, piece, group, row));
-    }
+    for (int r = thread(); r < k; r += Shape::kThreads) store(addresses, r, row_address(a, piece, group, r));
     // The last tile's rows beyond k: their sums are of no use, but they are read.
-    const int padding = (kTile - rows % kTile) % kTile;
+    const int padding = (kTile - k % kTile) % kTile;
     for (int e = thread(); e < padding * Shape::kColumns; e += Shape::kThreads)
-        store(slab, slab_index<Shape>(rows + e / Shape::kColumns, e % Shape::kColumns), 0.0);
+        store(slab, slab_index<Shape>(k + e / Shape::kColumns, e % Shape::kColumns), 0.0);
     const int t = thread() / kLanes;
-    int tile_left = t / kSide, tile_right = t % kSide;
-    bool active = t < kSide * kSide;
-    if (diagonal) {
-        tile_left = 0;
-        while (pairs_of(tile_left + 1) <= t) ++tile_left;
-        tile_right = t - int(pairs_of(tile_left));
-        active = tile_left < kSide;
-    }
-    const int left = super_left * Shape::kSuper + tile_left * kTile;
-    const int right = super_right * Shape::kSuper + tile_right * kTile;
-    const Tile tile = {slab_index<Shape>(first_left + tile_left * kTile, 0), slab_index<Shape>(tile_right * kTile, 0),
-                       active && left < k && right < k};
+    int left = 0;
+    while (pairs_of(left + 1) <= t) ++left;
+    const int right = (t - int(pairs_of(left))) * kTile;
+    left *= kTile;
+    const Tile tile = {slab_index<Shape>(left, 0), slab_index<Shape>(right, 0), left < k};
 
     double sum[kTile * kTile];
     PSE_UNROLL
     for (int p = 0; p < kTile * kTile; ++p) sum[p] = 0.0;
     sync_block();
     switch (piece.dtype) {
-        case DType::f32: add_tiles<Shape, float>(piece, addresses, rows, slab, tile, sum); break;
-        case DType::f64: add_tiles<Shape, double>(piece, addresses, rows, slab, tile, sum); break;
-        case DType::f16: add_tiles<Shape, f16_t>(piece, addresses, rows, slab, tile, sum); break;
-        case DType::bf16: add_tiles<Shape, bf16_t>(piece, addresses, rows, slab, tile, sum); break;
+        case DType::f32: add_tiles<Shape, float>(piece, addresses, k, slab, tile, sum); break;
+        case DType::f64: add_tiles<Shape, double>(piece, addresses, k, slab, tile, sum); break;
+        case DType::f16: add_tiles<Shape, f16_t>(piece, addresses, k, slab, tile, sum); break;
+        case DType::bf16: add_tiles<Shape, bf16_t>(piece, addresses, k, slab, tile, sum); break;
     }
     const int64_t partial = (group * a.blocks + block_of_columns) * a.pairs;
     PSE_UNROLL
@@ -169,10 +144,8 @@ gram_tiles(Arrays a) {
         if (tile.active && thread() % kLanes == p % kLanes && i < k && j <= i)
             store(a.partials, partial + pair_index(i, j), joined);
     }
-    if constexpr (Shape::kOneSuper) {
-        const int64_t run = block_of_columns / kGramRun;
-        join_inline(a, group, run, smaller(kGramRun, a.blocks - run * kGramRun));
-    }
+    const int64_t run = block_of_columns / kGramRun;
+    join_inline(a, group, run, smaller(kGramRun, a.blocks - run * kGramRun));
 }
 
 }  // namespace cuda

@@ -187,6 +187,15 @@ def test_small_projections_agree(device: torch.device, dtype: torch.dtype, k: in
     torch.testing.assert_close(gram, ops.gradient_gram(grads), rtol=1e-12, atol=1e-9)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("k", [5, 16, 33, 64])
+def test_small_gram_matrices_are_the_bits_of_the_cpu(device: torch.device, dtype: torch.dtype, k: int) -> None:
+    """More than the design asks. Beyond k = 16 it says that the tensor cores add in ascending order."""
+    for n in (4097, 50_001):
+        grads = torch.randn(k, n, generator=torch.Generator().manual_seed(k)).to(dtype)
+        assert_same_bits(ops.gradient_gram(grads.to(device)).cpu(), ops.gradient_gram(grads))
+
+
 def test_small_lists_of_tensors(device: torch.device) -> None:
     sizes = [(3, 5), (0,), (4097,), (8, 16)]
     grads = [[torch.randn(size) for size in sizes] for _ in range(5)]

@@ -17,8 +17,10 @@ from tests.ops import test_projection as laws
 from tests.ops.inputs import DTYPES
 
 PATHS = {"registers": 1, "tiles": 2}  # pse::cuda::GramPath
-# Every register kernel; every shape of tiles, cut and whole, and several super tiles.
-KERNELS = [("registers", k) for k in range(1, 17)] + [("tiles", k) for k in (1, 2, 5, 6, 7, 8, 12, 15, 16, 17, 33)]
+# Every register kernel; every shape of tiles, cut and whole.
+KERNELS = [("registers", k) for k in range(1, 17)] + [("tiles", k) for k in (1, 2, 5, 6, 7, 8, 12, 15, 16)]
+# Super tiles of 32 rows for the tensor cores: half a one, cut and whole ones, on the diagonal and off it.
+MANY = [17, 24, 31, 32, 33, 41, 49, 64, 65]
 
 
 def gradients(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -102,6 +104,33 @@ def test_every_kernel_gives_the_bits_of_the_cpu(on_cuda, path, k, dtype):
     for n in (7, 200):
         weights = torch.arange(1, k + 1) % 3 / 2
         both(on_cuda, gradients(2, k, n, dtype=dtype), weights=weights, seed=3, reduction="mean")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("k", MANY)
+def test_many_objectives_give_the_bits_of_the_cpu(on_cuda, k, dtype):
+    for n in (7, 200):
+        both(on_cuda, gradients(2, k, n, dtype=dtype), weights=torch.arange(k) % 9 / 8, seed=k)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [1, 31, 63, 64, 65, 66, 128, 130, 3333])
+def test_lines_of_many_objectives_give_the_bits_of_the_cpu(on_cuda, n, dtype):
+    """Rows off multiples of 16 bytes, rows that end within one, and more lines than are in flight."""
+    grads = torch.cat([gradients(33, n, dtype=dtype), torch.zeros(33, -n % 16, dtype=dtype)], 1)
+    assert_same_bits(on_cuda.gradient_gram(grads[:, :n].contiguous()), ops.gradient_gram(grads[:, :n]), "rows of n")
+    lists = [[row[:n]] for row in grads]
+    assert_same_bits(on_cuda.gradient_gram(lists), ops.gradient_gram(lists), "rows at multiples of 16 bytes")
+
+
+def test_lists_of_many_objectives(on_cuda):
+    """Tensors of every dtype, and empty ones."""
+    sizes = [(3, 5), (0,), (1031,), (), (8, 16), (65,)]
+    both(
+        on_cuda,
+        [[gradients(*size, dtype=DTYPES[t % 4], seed=9 * i + t) for t, size in enumerate(sizes)] for i in range(35)],
+        seed=5,
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

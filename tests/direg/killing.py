@@ -100,11 +100,22 @@ class Stoppable:
         self.taken = taken
 
 
+# What a slow command runs before each part: once it has written three ``notes`` it waits for the test.
+WAIT = """
+import time
+from pathlib import Path
+def wait(notes):
+    while len(list(Path().glob(f".out.*.partial/aside/{notes}/*"))) >= 3 and not Path("stopped").exists():
+        time.sleep(0.01)
+    time.sleep(1 if Path("stopped").exists() else 0.02)
+"""
+
+
 def check_command(
     script: str, arguments: list[str], notes: str, number: int, capsys: pytest.CaptureFixture[str], says: str, done: str
 ) -> None:
     """Stop a slow command that makes "out" once it has written three ``notes``; it goes on, or begins anew."""
-    out = Path("out")
+    out, sent = Path("out"), Path("stopped")
 
     def written() -> int:  # a note has its name before it has its text
         return sum(note.stat().st_size > 0 for note in Path().glob(f".out.*.partial/aside/{notes}/*"))
@@ -113,11 +124,14 @@ def check_command(
         return folder_bytes(out) if out.is_dir() else out.read_bytes()
 
     def stopped() -> str:
-        process = subprocess.Popen([sys.executable, "-c", script, *arguments], stderr=subprocess.PIPE, text=True)
+        sent.unlink(missing_ok=True)
+        process = subprocess.Popen([sys.executable, "-c", WAIT + script, *arguments], stderr=subprocess.PIPE, text=True)
         while written() < 3:
             assert process.poll() is None
             time.sleep(0.01)
         process.send_signal(number)
+        time.sleep(0.5)  # until it has been handled, before what waits goes on to its next part
+        sent.touch()
         told = process.communicate(timeout=END_SECONDS)[1]
         assert process.returncode != 0
         return told

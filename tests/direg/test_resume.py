@@ -537,15 +537,14 @@ def test_what_stops_it_from_outside_leaves_what_is_complete(made: Path, error: B
 
 
 SLOW = """
-import sys, time
-from pathlib import Path
+import sys
 from prosocial_ext.direg import checkpoint_edit, extract
 from prosocial_ext import cli
 extract._CHUNK = 512
 checkpoint_edit.stretches_at_once = lambda memory: 1  # else all that are left may be past the slow step
 plain = checkpoint_edit.word_sum
 def slow(elements):
-    time.sleep(0.02 if len(list(Path().glob(".out.*.partial/aside/notes/*"))) < 3 else 1)
+    wait("notes")
     return plain(elements)
 checkpoint_edit.word_sum = slow
 sys.exit(cli.main(sys.argv[1:]))

@@ -491,13 +491,13 @@ def test_what_stops_it_from_outside_leaves_what_is_noted(made: Path, error: Base
 
 
 SLOW = """
-import sys, time
+import sys
 from prosocial_ext.direg import extract
 from prosocial_ext import cli
 extract._CHUNK, extract._MOST_SAMPLES, extract._NOTE_BYTES = 512, 1 << 10, 9000
 plain = extract.Collector.look
 def slow(*arguments, **options):
-    time.sleep(0.05)
+    wait("0/notes")
     return plain(*arguments, **options)
 extract.Collector.look = slow
 sys.exit(cli.main(sys.argv[1:]))

@@ -137,6 +137,11 @@ def flashinfer(base: torch.Tensor, guide: torch.Tensor, top_k: int, top_p: float
     return call
 
 
+def triton_sample() -> Callable[..., object]:
+    """Gumbel-max in Triton, where that is installed."""
+    return importlib.import_module("benchmarks.triton_peer").triton_sample  # type: ignore[no-any-return]
+
+
 def without_overlap(call: Callable[[], object]) -> object:
     """Launch one kernel after the other, as GPUs before Hopper do."""
     before = _cuda.launchers.set_launch_overlap(False)
@@ -181,6 +186,9 @@ def sampling_cases(clock: Clock) -> Iterator[Case]:
                 }
                 with contextlib.suppress(ImportError):
                     others["FlashInfer"] = flashinfer(base, guide, top_k, top_p)
+                with contextlib.suppress(ImportError):
+                    if name == "no filter":  # of filters there is no natural form
+                        others["Triton"] = partial(triton_sample(), base, guide, 7)
                 nbytes = 2 * base.numel() * base.element_size()
                 yield clock.case("sampling", f"{str(dtype)[6:]} B={rows} {name}", nbytes, call, others)
 
@@ -234,6 +242,7 @@ def projection_cases(clock: Clock) -> Iterator[Case]:
         (5, 20_000_000, torch.bfloat16),
         (5, 100_000_000, torch.float32),
         (16, 20_000_000, torch.float32),
+        (32, 5_000_000, torch.bfloat16),
         (64, 5_000_000, torch.float32),
         (64, 5_000_000, torch.bfloat16),
     ):

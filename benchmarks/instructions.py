@@ -5,7 +5,7 @@ python -m benchmarks.instructions SOURCE KERNEL [--arch 90] [--sum 3,4*0.5,7] [-
 SOURCE is a file of csrc/cuda, KERNEL a regular expression for the demangled name, spaces left out. Without ``--sum``
 the basic blocks are listed, each with a number; with it, those named are added up (``4*0.5``: taken every second time)
 and divided by ``--per``, such as the elements of a thread. Branches that are rarely taken are for the reader to leave
-out.
+out, and an instruction counts whether or not its predicate holds.
 
 The cycles are those of a quarter of a multiprocessor per warp, on compute capability 8.0 and 9.0 (CUDA C++ Programming
 Guide, throughput of native arithmetic instructions): one instruction is issued a cycle; per cycle 32 lanes of fp32, 16

@@ -16,7 +16,9 @@ struct Super {
     static constexpr int kThreads = kWarps * kWarp;
     static constexpr int kStaged = 2 * kSuper;  // on the diagonal the first kSuper are left and right rows
     static constexpr int kLine = 128;           // bytes of one row
-    static constexpr int kRow = kLine / 2 + 8;  // halfwords in the ring: an odd number of 16 bytes, for other banks
+    // Halfwords in the ring: an odd number of 16 bytes, of which a group's rows then meet eight different ones. A
+    // warp's lanes are a part of each, so a load takes four accesses.
+    static constexpr int kRow = kLine / 2 + 8;
     static constexpr int kStage = kStaged * kRow;
     static constexpr int kStages = 4;
     static constexpr int kCopies = kLine / 16;          // per row

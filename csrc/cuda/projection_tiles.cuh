@@ -18,8 +18,7 @@ struct TileShape {
     static constexpr int kStride = (rows + kSide) | 1;
     static constexpr int kSlab = columns / kLanes * kStride * kLanes;
     static constexpr int kFetched = rows * columns / threads;  // values per thread and slab
-    static_assert(columns % threads == 0 || threads % columns == 0, "a warp fetches from one row");
-    static_assert(rows * columns % threads == 0, "every thread fetches as many");
+    static_assert(columns % threads == 0, "the threads fetch from one row");
     static_assert(kSide * (kSide + 1) / 2 * kLanes <= threads, "a thread per tile and lane");
     static_assert(kSlab * 8 <= 42 << 10, "static shared memory, beside the recurrence's");
 };
@@ -42,18 +41,11 @@ PSE_HD constexpr int slab_index(int row, int column) {
 // Element u of a thread's share of a slab.
 template <class Shape>
 struct Fetched {
-    static constexpr int kRowsAtOnce = Shape::kThreads > Shape::kColumns ? Shape::kThreads / Shape::kColumns : 1;
-    static constexpr int kOfRow = Shape::kThreads < Shape::kColumns ? Shape::kColumns / Shape::kThreads : 1;
-    static_assert(Shape::kTile % kRowsAtOnce == 0, "a tile begins with one of a thread's elements, or between them");
-    // How many elements of this thread are of the first `rows` rows.
-    PSE_METHOD static int count(int rows) {
-        return (rows - thread() / Shape::kColumns + kRowsAtOnce - 1) / kRowsAtOnce * kOfRow;
-    }
-    PSE_METHOD static int row(int u) { return u * Shape::kThreads / Shape::kColumns + thread() / Shape::kColumns; }
-    PSE_METHOD static int column(int u) { return u * Shape::kThreads % Shape::kColumns + thread() % Shape::kColumns; }
+    static constexpr int kOfRow = Shape::kColumns / Shape::kThreads;
+    PSE_METHOD static int row(int u) { return u / kOfRow; }
+    PSE_METHOD static int column(int u) { return u % kOfRow * Shape::kThreads + thread(); }
     PSE_METHOD static int index(int u) {
-        const int first = slab_index<Shape>(0, thread() % Shape::kColumns) + thread() / Shape::kColumns * kLanes;
-        return first + slab_index<Shape>(u * Shape::kThreads / Shape::kColumns, u * Shape::kThreads % Shape::kColumns);
+        return slab_index<Shape>(0, thread()) + slab_index<Shape>(row(u), u % kOfRow * Shape::kThreads);
     }
 };
 
@@ -75,7 +67,7 @@ PSE_DEVICE void add_tiles(const Piece& piece, Shared<int64_t> addresses, int row
     constexpr bool kExact = sizeof(T) < 8;
     constexpr int kTile = Shape::kTile;
     constexpr bool kAhead = sizeof(T) < 8 || kTile < 4;  // the next values would spill beside so many sums
-    const int mine = Fetched<Shape>::count(rows);
+    const int mine = rows * Fetched<Shape>::kOfRow;
     T raw[Shape::kFetched];
     if (kAhead) fetch_slab<Shape, T>(addresses, mine, piece.count, 0, raw);
     for (int start = 0; start < piece.count; start += Shape::kColumns) {

@@ -78,13 +78,13 @@ template <int N, class T>
 PSE_DEVICE void store_vector(T* p, int64_t i, const Vector<T, N>& value) {
     *reinterpret_cast<Vector<T, N>*>(p + i) = value;
 }
-// Starts a copy of N elements, 4, 8 or 16 bytes, from global to shared memory, both at multiples of so many bytes; 16
-// go past the L1 cache. A thread commits the copies it has started as a group and waits for all groups but its latest
+// Starts a copy of N elements, 4 or 16 bytes, from global to shared memory, both at multiples of so many bytes; 16 go
+// past the L1 cache. A thread commits the copies it has started as a group and waits for all groups but its latest
 // ones; only then has it written what it copied, and others may read it after a barrier.
 template <int N, class T>
 PSE_DEVICE void copy_async(T* to, int64_t i, const T* from, int64_t j) {
     constexpr int kBytes = int(sizeof(T)) * N;
-    static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "what the hardware copies");
+    static_assert(kBytes == 4 || kBytes == 16, "what kernels copy");
     __pipeline_memcpy_async(to + i, from + j, kBytes);
 }
 PSE_DEVICE void commit_copies() { __pipeline_commit(); }
@@ -145,19 +145,19 @@ PSE_DEVICE uint32_t ballot(bool vote) { return __ballot_sync(kAllLanes, vote); }
 // and t / 4 + 8 (`lower`); of B, row t % 4 of column t / 4 (`right`); of d, columns t % 4 * 2 and the next, of the same
 // two rows one after the other. An element is a chain of four fused multiply-adds from d on, A's columns ascending: so
 // it was found, bit for bit, on every architecture from Ampere to Blackwell (MMA-Sim, arXiv 2511.10909).
-// The only assembly in the code base: CUDA C++ has no name for this shape, and leaves open which lane holds what.
+// The only assembly in the kernels: CUDA C++ has no name for this shape, and leaves open which lane holds what.
 PSE_DEVICE void multiply_add_tiles(double (&d)[4], double upper, double lower, double right) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm("mma.sync.aligned.m16n8k4.row.col.f64.f64.f64.f64 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-        : "+d"(d[0]), "+d"(d[1]), "+d"(d[2]), "+d"(d[3])
-        : "d"(upper), "d"(lower), "d"(right));
+    asm volatile("mma.sync.aligned.m16n8k4.row.col.f64.f64.f64.f64 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+                 : "+d"(d[0]), "+d"(d[1]), "+d"(d[2]), "+d"(d[3])
+                 : "d"(upper), "d"(lower), "d"(right));
 #else
-    asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0,%1}, {%2}, {%3}, {%0,%1};"
-        : "+d"(d[0]), "+d"(d[1])
-        : "d"(upper), "d"(right));
-    asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0,%1}, {%2}, {%3}, {%0,%1};"
-        : "+d"(d[2]), "+d"(d[3])
-        : "d"(lower), "d"(right));
+    asm volatile("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0,%1}, {%2}, {%3}, {%0,%1};"
+                 : "+d"(d[0]), "+d"(d[1])
+                 : "d"(upper), "d"(right));
+    asm volatile("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0,%1}, {%2}, {%3}, {%0,%1};"
+                 : "+d"(d[2]), "+d"(d[3])
+                 : "d"(lower), "d"(right));
 #endif
 }
 

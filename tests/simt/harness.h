@@ -250,7 +250,7 @@ void wait_for_copies(size_t left, Place place);
 template <int N, class T>
 void copy_async(const Shared<T>& to, int64_t i, const Global<const T>& from, int64_t j, PSE_PLACE) {
     constexpr int kBytes = int(sizeof(T)) * N;
-    static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "what the hardware copies");
+    static_assert(kBytes == 4 || kBytes == 16, "what kernels copy");
     if ((to.offset + i) % N != 0)
         fail("a copy to " + shared_name(to, to.offset + i) + ", not a multiple of " + std::to_string(kBytes) + " bytes",
              place);

@@ -44,6 +44,7 @@ RECORDS = "direg"  # the folder of recipe and undo record: loaders that take eve
 _BYTES = 1 << 23
 _MOST_AT_ONCE = 4
 _PER_STRETCH = 128 << 20  # bytes of memory: three chunks, and the blocks of entries that meet them
+_WAKES = 0.2  # seconds
 
 
 class StretchEdit(Protocol):
@@ -146,7 +147,9 @@ def rewrite(
 
     with ThreadPoolExecutor(at_once, "prosocial-rewrite") as pool:
         try:
-            wait([pool.submit(work, stretch) for stretch in share])
+            left = {pool.submit(work, stretch) for stretch in share}
+            while left:  # a signal that came to another thread is handled when this one wakes
+                left = wait(left, timeout=_WAKES).not_done
         finally:  # a signal, too
             stopped.set()
     if failures:

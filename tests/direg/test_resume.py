@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -534,6 +535,28 @@ def test_what_stops_it_from_outside_leaves_what_is_complete(made: Path, error: B
         run(progress=progress)
     assert bool(partials(run.out)) == bool(kept)
     run.check(kept)
+
+
+def test_a_signal_that_another_thread_gets_stops_it(made: Path) -> None:
+    """As a busy machine has it: Python's handler waits for the main thread, which nobody wakes."""
+    run, handled, in_time = Run(made), threading.Event(), list[bool]()
+
+    def handler(number: int, frame: object) -> None:
+        handled.set()
+        raise SystemExit(128 + number)
+
+    def progress(size: int) -> None:
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+        in_time.append(handled.wait(END_SECONDS / 2))
+
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        with pytest.raises(SystemExit):
+            run(progress=progress)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert in_time
+    assert all(in_time)
 
 
 SLOW = """

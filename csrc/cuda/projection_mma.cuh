@@ -39,16 +39,18 @@ struct Tiles {
 
 template <int N, class T>
 PSE_DEVICE Vector<T, N> from_ring(Shared<uint16_t> ring, int at) {
+    constexpr int kUnits = N * int(sizeof(T)) / 2;
     Vector<T, N> x;
-    const auto units = load_vector<N* int(sizeof(T)) / 2>(ring, at);
+    const Vector<uint16_t, kUnits> units = load_vector<kUnits>(ring, at);
     __builtin_memcpy(&x, &units, sizeof x);
     return x;
 }
 template <class T>
 PSE_DEVICE void to_ring(Shared<uint16_t> ring, int at, T x) {
-    Vector<uint16_t, int(sizeof(T)) / 2> units;
+    constexpr int kUnits = int(sizeof(T)) / 2;
+    Vector<uint16_t, kUnits> units;
     __builtin_memcpy(&units, &x, sizeof x);
-    store_vector<int(sizeof(T)) / 2>(ring, at, units);
+    store_vector<kUnits>(ring, at, units);
 }
 
 // Starts the copies of a line, of 16 or of 4 bytes. What is left, ends of rows and crooked rows of 16-bit elements, is

@@ -38,9 +38,7 @@ PSE_DEVICE void join_run(const Arrays& a, int64_t group, int64_t run, int64_t pa
 }
 
 PSE_DEVICE void join_runs(const Arrays& a, int64_t group, int64_t pair) {
-    int64_t i = 0;
-    while (pairs_of(i + 1) <= pair) ++i;
-    const int64_t j = pair - pairs_of(i);
+    const int64_t i = row_of_pair(pair), j = pair - pairs_of(i);
     const double sum = sum_in_order(a.run_sums + (group * a.runs * a.pairs + pair), a.runs, int(a.pairs));
     store(a.gram, (group * a.k + i) * a.k + j, sum);
     store(a.gram, (group * a.k + j) * a.k + i, sum);

@@ -37,14 +37,6 @@ struct Tiles {
     PSE_METHOD bool has(int i, int j) const { return active >> (i * Super::kRights + j) & 1; }
 };
 
-template <int N, class T>
-PSE_DEVICE Vector<T, N> from_ring(Shared<uint16_t> ring, int at) {
-    constexpr int kUnits = N * int(sizeof(T)) / 2;
-    Vector<T, N> x;
-    const Vector<uint16_t, kUnits> units = load_vector<kUnits>(ring, at);
-    __builtin_memcpy(&x, &units, sizeof x);
-    return x;
-}
 template <class T>
 PSE_DEVICE void to_ring(Shared<uint16_t> ring, int at, T x) {
     constexpr int kUnits = int(sizeof(T)) / 2;
@@ -143,7 +135,7 @@ PSE_DEVICE void add_line_of_doubles(Shared<uint16_t> ring, const Tiles& tiles, T
 template <class T>
 PSE_DEVICE void add_piece(const Piece& piece, Shared<int64_t> addresses, int rows, int width, Shared<uint16_t> ring,
                           const Tiles& tiles, TileSums& sum) {
-    const int lines = (piece.count * int(sizeof(T)) + Super::kLine - 1) / Super::kLine;
+    const int lines = int(divide_up(piece.count * int(sizeof(T)), Super::kLine));
     for (int line = 0; line < Super::kStages - 1; ++line) fill_line<T>(piece, addresses, rows, width, ring, line);
     for (int line = 0; line < lines; ++line) {
         wait_copies<Super::kStages - 2>();
@@ -187,8 +179,7 @@ PSE_KERNEL(Super::kThreads, kAnyOccupancy) gram_mma(Arrays a) {
     const int64_t supers = pairs_of(divide_up(k, Super::kSuper));
     const int64_t block_of_columns = block() / supers % a.blocks, group = block() / supers / a.blocks;
     const int super = int(block() % supers);
-    int super_left = 0;
-    while (pairs_of(super_left + 1) <= super) ++super_left;
+    const int super_left = int(row_of_pair(super));
     Tiles tiles = {super_left * Super::kSuper, (super - int(pairs_of(super_left))) * Super::kSuper, 0, 0};
     if (tiles.left != tiles.right) tiles.staged_left = Super::kSuper;
     PSE_UNROLL

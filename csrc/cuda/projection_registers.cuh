@@ -95,15 +95,7 @@ PSE_DEVICE int add_lines(const Arrays& a, const Piece& piece, int64_t group, int
         if (line >= lines) continue;
         for (int step = 0; step < kSteps; ++step) {
             const int at = read + share * R::kPitch / 2 + (step * kLanes + lane_of_block) * kUnits;
-            add_part<kRows, T>(
-                part,
-                [&](int i) {
-                    T x;
-                    const auto units = load_vector<kUnits>(ring, at + i * R::kRow);
-                    __builtin_memcpy(&x, &units, sizeof x);
-                    return x;
-                },
-                sum);
+            add_part<kRows, T>(part, [&](int i) { return from_ring<1, T>(ring, at + i * R::kRow).at[0]; }, sum);
         }
     }
     wait_copies<0>();

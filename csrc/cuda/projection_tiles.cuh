@@ -112,10 +112,8 @@ gram_tiles(Arrays a) {
     for (int e = thread(); e < padding * Shape::kColumns; e += Shape::kThreads)
         store(slab, slab_index<Shape>(k + e / Shape::kColumns, e % Shape::kColumns), 0.0);
     const int t = thread() / kLanes;
-    int left = 0;
-    while (pairs_of(left + 1) <= t) ++left;
-    const int right = (t - int(pairs_of(left))) * kTile;
-    left *= kTile;
+    const int tile_row = int(row_of_pair(t));
+    const int left = tile_row * kTile, right = (t - int(pairs_of(tile_row))) * kTile;
     const Tile tile = {slab_index<Shape>(left, 0), slab_index<Shape>(right, 0), left < k};
 
     double sum[kTile * kTile];

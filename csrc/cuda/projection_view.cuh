@@ -53,6 +53,23 @@ PSE_DEVICE void round_to(double x, double& out) { out = x; }
 PSE_DEVICE void round_to(double x, f16_t& out) { out.bits = float_to_f16(float(x)); }
 PSE_DEVICE void round_to(double x, bf16_t& out) { out.bits = float_to_bf16(float(x)); }
 
+// N neighbouring elements of a row in a ring, which is of halfwords, at halfword `at`.
+template <int N, class T>
+PSE_DEVICE Vector<T, N> from_ring(Shared<uint16_t> ring, int at) {
+    constexpr int kUnits = N * int(sizeof(T)) / 2;
+    Vector<T, N> x;
+    const Vector<uint16_t, kUnits> units = load_vector<kUnits>(ring, at);
+    __builtin_memcpy(&x, &units, sizeof x);
+    return x;
+}
+
+// The row of a pair in the order of pair_index().
+PSE_DEVICE int64_t row_of_pair(int64_t pair) {
+    int64_t row = 0;
+    while (pairs_of(row + 1) <= pair) ++row;
+    return row;
+}
+
 // ---- where a block of columns lies
 
 struct Piece {

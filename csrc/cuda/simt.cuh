@@ -152,12 +152,11 @@ PSE_DEVICE void multiply_add_tiles(double (&d)[4], double upper, double lower, d
                  : "+d"(d[0]), "+d"(d[1]), "+d"(d[2]), "+d"(d[3])
                  : "d"(upper), "d"(lower), "d"(right));
 #else
-    asm volatile("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0,%1}, {%2}, {%3}, {%0,%1};"
-                 : "+d"(d[0]), "+d"(d[1])
-                 : "d"(upper), "d"(right));
-    asm volatile("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0,%1}, {%2}, {%3}, {%0,%1};"
-                 : "+d"(d[2]), "+d"(d[3])
-                 : "d"(lower), "d"(right));
+    PSE_UNROLL
+    for (int e = 0; e < 4; e += 2)
+        asm volatile("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0,%1}, {%2}, {%3}, {%0,%1};"
+                     : "+d"(d[e]), "+d"(d[e + 1])
+                     : "d"(e == 0 ? upper : lower), "d"(right));
 #endif
 }
 

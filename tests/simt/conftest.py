@@ -19,19 +19,18 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 TREE = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
 
 
-@pytest.fixture(scope="session")
-def harness() -> ModuleType:
-    """The module prosocial_simt (tests/simt/module.cpp), built where `make build` built the package."""
+def built(name: str) -> ModuleType:
+    """The extension module of that target, built where `make build` built the package."""
     if not TREE.is_dir():
         pytest.skip("no build tree here: make build")
     cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
     assert cmake is not None
-    with open(TREE / "prosocial_simt.lock", "w") as lock:
+    with open(TREE / "tests.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two processes of a test run would write ninja's log at once
-        built = subprocess.run([cmake, "--build", TREE, "--target", "prosocial_simt"], capture_output=True, text=True)
-    assert built.returncode == 0, built.stdout + built.stderr
-    (path,) = TREE.glob("prosocial_simt.*.so")
-    spec = importlib.util.spec_from_file_location("prosocial_simt", path)
+        done = subprocess.run([cmake, "--build", TREE, "--target", name], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = TREE.glob(f"{name}.*.so")
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -39,14 +38,34 @@ def harness() -> ModuleType:
     return module
 
 
-@pytest.fixture
-def simt(request: Any, harness: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The CUDA implementations of the ops on CPU tensors: every kernel runs in the harness.
+@pytest.fixture(scope="session")
+def harness() -> ModuleType:
+    """The module prosocial_simt (tests/simt/module.cpp): the kernels' sources, checked access by access."""
+    return built("prosocial_simt")
 
-    Each test has a schedule of its own, drawn from its name: over the folder all kinds are seen, and a failure comes
-    again. PROSOCIAL_SIMT_SEED draws other ones.
+
+@pytest.fixture(scope="session")
+def ptx() -> ModuleType:
+    """The module prosocial_ptx (tests/simt/ptx/module.cpp): what nvcc makes of the same sources."""
+    if not _cuda.compiled():
+        pytest.skip("built without nvcc: no PTX to run")
+    return built("prosocial_ptx")
+
+
+@pytest.fixture(params=["source", "ptx"])
+def simt(request: Any, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The CUDA implementations of the ops on CPU tensors: every kernel runs in the harness, or as PTX.
+
+    Each test has a schedule and an architecture of its own, drawn from its name: over the folder all kinds are seen,
+    and a failure comes again. PROSOCIAL_SIMT_SEED draws other ones.
     """
     seed = zlib.crc32(f"{os.environ.get('PROSOCIAL_SIMT_SEED', '')}{request.node.nodeid}".encode())
-    harness.set_schedule(seed, seed % 3 > 0)  # blocks in turns in two of three tests
-    monkeypatch.setattr(_cuda, "launchers", harness.cuda)
-    return harness
+    module: ModuleType = request.getfixturevalue("harness" if request.param == "source" else "ptx")
+    if request.param == "source":
+        module.set_schedule(seed, seed % 3 > 0)  # blocks in turns in two of three tests
+    else:
+        module.set_schedule(seed)
+        device = 0 if seed % 2 or "clusters" in request.node.name else 1  # compute capability 9.0 or 8.0
+        monkeypatch.setattr(_cuda, "target", lambda tensor: (device, 0))
+    monkeypatch.setattr(_cuda, "launchers", module.cuda)
+    return module

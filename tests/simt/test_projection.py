@@ -162,17 +162,17 @@ def test_runs_of_many_objectives_give_the_bits_of_the_cpu(on_cuda):
     both(on_cuda, [[gradients(1 + t % 3, seed=7 * t + i) for t in range(66)] for i in range(17)])
 
 
-def test_as_many_objectives_as_the_kernels_take(on_cuda, harness):
+def test_as_many_objectives_as_the_kernels_take(on_cuda, simt):
     """Few of them take part, so that the recurrence is short."""
-    k = harness.cuda.projection_most_objectives
+    k = simt.cuda.projection_most_objectives
     both(on_cuda, gradients(k, 5), weights=(torch.arange(k) % 51 == 50).double(), seed=4)
 
 
-def test_more_objectives_take_the_reference(on_cuda, harness, monkeypatch):
+def test_more_objectives_take_the_reference(on_cuda, simt, monkeypatch):
     for name in ("_project_elsewhere", "_project_lists_elsewhere"):
         monkeypatch.setattr(compiled, name, lambda *arguments, name=name: (name, []))
     monkeypatch.setattr(compiled, "_gram_lists_elsewhere", lambda *arguments: "_gram_lists_elsewhere")
-    grads = gradients(harness.cuda.projection_most_objectives + 1, 3)
+    grads = gradients(simt.cuda.projection_most_objectives + 1, 3)
     assert on_cuda.project_conflicts(grads) == "_project_elsewhere"
     assert on_cuda.project_conflicts(list(grads)) == "_project_lists_elsewhere"
     assert on_cuda.gradient_gram(list(grads)) == "_gram_lists_elsewhere"

@@ -21,7 +21,7 @@ PSE_DEVICE void combine_columns(const Piece& piece, Shared<int64_t> addresses, S
             PSE_UNROLL
             for (int u = 0; u < kRows; ++u)
                 if (j + u < active)
-                    raw[u] = load_vector<kWidth>(global<const T>(load(addresses, j + u), piece.count), column);
+                    raw[u] = load_vector<kWidth>(streamed<const T>(load(addresses, j + u), piece.count), column);
             PSE_UNROLL
             for (int u = 0; u < kRows; ++u) {
                 if (j + u >= active) continue;
@@ -44,7 +44,7 @@ PSE_DEVICE void combine_piece(const Piece& piece, Shared<int64_t> addresses, Sha
     int64_t crooked = to;
     for (int j = 0; j < active; ++j) crooked |= load(addresses, j);
     const int whole = crooked % 16 == 0 ? piece.count / kWidth * kWidth : 0;
-    const Global<T> out = global<T>(to, piece.count);
+    const Global<T> out = streamed<T>(to, piece.count);
     combine_columns<T, kWidth>(piece, addresses, coefficients, active, start, out, 0, whole);
     combine_columns<T, 1>(piece, addresses, coefficients, active, start, out, whole, piece.count);
 }

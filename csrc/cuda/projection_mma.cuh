@@ -59,7 +59,7 @@ PSE_DEVICE void fill_line(const Piece& piece, Shared<int64_t> addresses, int row
         const int row = first_row + u * Super::kAtOnce, at = slot + row * Super::kRow;
         if (row >= rows || unit - in_line >= units) continue;
         const int64_t address = load(addresses, row);
-        const Global<const uint16_t> from = global<const uint16_t>(address, units);
+        const Global<const uint16_t> from = streamed<const uint16_t>(address, units);
         if (unit + 8 <= units && width == 16) {
             copy_async<8>(ring, at, from, unit);
         } else if (unit + 8 <= units && width == 4) {
@@ -70,7 +70,7 @@ PSE_DEVICE void fill_line(const Piece& piece, Shared<int64_t> addresses, int row
             PSE_UNROLL
             for (int e = 0; e < kElements; ++e)
                 if (unit / kUnits + e < piece.count)
-                    x[e] = load(global<const T>(address, piece.count), unit / kUnits + e);
+                    x[e] = load(streamed<const T>(address, piece.count), unit / kUnits + e);
             PSE_UNROLL
             for (int e = 0; e < kElements; ++e) to_ring(ring, at + e * kUnits, x[e]);
         }

@@ -73,7 +73,7 @@ PSE_DEVICE int add_lines(const Arrays& a, const Piece& piece, int64_t group, int
     for (int u = 0; u < R::kRounds; ++u) {
         const int row = smaller(first_row + u * R::kAtOnce, kRows - 1);
         from[u] =
-            global<const uint16_t>(row_address(a, piece, group, row), int64_t(piece.count) * kUnits) + sixteenth * 8;
+            streamed<const uint16_t>(row_address(a, piece, group, row), int64_t(piece.count) * kUnits) + sixteenth * 8;
     }
     const auto copy_line = [&](int line, int slot) {
         if (line < lines) {
@@ -111,7 +111,7 @@ PSE_DEVICE void add_columns(const Arrays& a, const Piece& piece, int64_t group, 
     const int lane_of_block = thread() % kLanes;
     Global<const T> rows[kRows];
     PSE_UNROLL
-    for (int i = 0; i < kRows; ++i) rows[i] = global<const T>(row_address(a, piece, group, i), piece.count);
+    for (int i = 0; i < kRows; ++i) rows[i] = streamed<const T>(row_address(a, piece, group, i), piece.count);
     int column = first + lane_of_block;
     for (; column + (kSteps - 1) * kLanes < piece.count; column += kSteps * kLanes) {
         T raw[kSteps][kRows];

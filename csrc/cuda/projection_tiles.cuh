@@ -57,7 +57,7 @@ PSE_DEVICE void fetch_slab(Shared<int64_t> addresses, int mine, int count, int s
         const int column = start + Fetched<Shape>::column(u);
         raw[u] = T{};
         if (u < mine && column < count)
-            raw[u] = load(global<const T>(load(addresses, Fetched<Shape>::row(u)), count), column);
+            raw[u] = load(streamed<const T>(load(addresses, Fetched<Shape>::row(u)), count), column);
     }
 }
 

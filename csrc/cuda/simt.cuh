@@ -49,6 +49,13 @@ template <class T>
 PSE_HD Global<T> global(int64_t address, int64_t) {
     return reinterpret_cast<T*>(address);
 }
+// The same for an address that a kernel reads or computes and then streams from. nvcc cannot see that it is not one of
+// shared memory and would make generic accesses of it, which are slower (LD, not LDG). It is not said of every address:
+// where a dozen pointers may be the one that is read, nvcc's analysis of them does not end.
+template <class T>
+PSE_DEVICE Global<T> streamed(int64_t address, int64_t) {
+    return static_cast<T*>(__cvta_global_to_generic(size_t(address)));
+}
 
 template <class T>
 PSE_DEVICE T load(const T* p, int64_t i) {

@@ -212,8 +212,8 @@ struct Mixed {
 
 template <class Step, class T>
 PSE_DEVICE void load_raw(Step how, Same<T>, const TensorRow& t, int64_t i, int n, typename Same<T>::Raw* raw) {
-    load_packed(how, simt::global<const T>(t.base, t.numel), i, n, &raw->base);
-    load_packed(how, simt::global<const T>(t.tuned, t.numel), i, n, &raw->tuned);
+    load_packed(how, simt::streamed<const T>(t.base, t.numel), i, n, &raw->base);
+    load_packed(how, simt::streamed<const T>(t.tuned, t.numel), i, n, &raw->tuned);
 }
 template <class Step, class Real, class Key>
 PSE_DEVICE void load_raw(Step how, Mixed<Real, Key>, const TensorRow& t, int64_t i, int n,
@@ -399,14 +399,14 @@ PSE_DEVICE int edit_one(const TensorRow& t, int64_t i, Real delta, Real scale, c
 template <class T, class Step, class Real, class Keep>
 PSE_DEVICE int edit_as(Step how, const TensorRow& t, int64_t i, uint32_t mask, const Eight<Real>& delta, Real scale,
                        const Keep& keep) {
-    const Global<T> params = simt::global<T>(t.params, t.numel);
+    const Global<T> params = simt::streamed<T>(t.params, t.numel);
     // Eight of 32 bits are a sector, of 16 bits those of a pair of lanes.
     if constexpr (Step::value && sizeof(T) <= 4) {
         constexpr int kEach = Packed<T>::kEach;
         const bool touched = kEach == 1 ? mask != 0 : ((ballot(mask != 0) >> (lane() & ~1)) & 3u) != 0;
         if (!touched) return 0;
         Packed<T> x;
-        load_packed(how, simt::global<const T>(t.params, t.numel), i, kPer, &x);
+        load_packed(how, Global<const T>(params), i, kPer, &x);
         keep.eight(x);
         const uint32_t spread = mask | mask << 15;  // the mask of elements 2 w and 2 w + 1 in bits 2 w and 2 w + 16
         uint32_t same = 0;

@@ -112,6 +112,10 @@ template <class T>
 Global<T> global(int64_t address, int64_t count) {
     return global<T>(reinterpret_cast<const void*>(address), count);
 }
+template <class T>
+Global<T> streamed(int64_t address, int64_t count) {
+    return global<T>(address, count);
+}
 
 template <class T>
 void check_bounds(const Global<T>& p, int64_t i, int64_t n, Place place) {

@@ -119,6 +119,7 @@ INSTRUCTIONS = [
     (f"{TILE} st.u8 [%rd5+3], 7; ld.shared.u8 %r3, [%r6+3];", 7),
     ("st.shared.v2.u32 [tile], {5, 6}; ld.shared.u64 %rd3, [tile];", 6 << 32 | 5),
     ("st.shared.u32 [tile], 0; atom.shared.add.u32 %r6, [tile], 2; ld.shared.u32 %r3, [tile];", 64),
+    ("st.shared.u32 [tile], 0; red.shared.or.b32 [tile], %r1; ld.shared.u32 %r3, [tile];", 31),
     ("st.shared.u32 [tile], 4; atom.shared.max.s32 %r6, [tile], -2; ld.shared.u32 %r3, [tile];", 4),
     # a copy is there once it is waited for
     (f"{COPY} {COMMIT} cp.async.wait_group 0; ld.shared.u32 %r3, [tile];", 0),

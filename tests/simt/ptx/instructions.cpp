@@ -412,28 +412,29 @@ Run access(bool stores, int count, const std::string& type) {
     return Memory<kSpace, 1>::access(stores, type);
 }
 
-template <class F, Space kSpace>
+// `atom` leaves what was there before in its first operand; `red` has none.
+template <class F, Space kSpace, bool kReturns>
 struct Atomic {
     template <class T>
     struct Of {
         static void run(Warp& w, In in, uint32_t lanes) {
             each(lanes, [&](int l) {
-                char* memory = address<kSpace>(w, in, 1, l, int(sizeof(T)));
+                char* memory = address<kSpace>(w, in, kReturns, l, int(sizeof(T)));
                 T before;
                 memcpy(&before, memory, sizeof before);
-                const T after = F()(before, w.get<T>(in.operands[2], l));
+                const T after = F()(before, w.get<T>(in.operands[kReturns + 1], l));
                 memcpy(memory, &after, sizeof after);
-                w.set(in.operands[0], l, before);
+                if (kReturns) w.set(in.operands[0], l, before);
             });
         }
     };
 };
-template <Space kSpace>
+template <Space kSpace, bool kReturns>
 Run atomic(const std::string& name, const std::string& type) {
-    if (name == "add") return of_width<Atomic<AddF, kSpace>::template Of>(type);
-    if (name == "or") return of_width<Atomic<OrF, kSpace>::template Of>(type);
-    if (name == "min") return of_integer<Atomic<LeastF, kSpace>::template Of>(type);
-    if (name == "max") return of_integer<Atomic<MostF, kSpace>::template Of>(type);
+    if (name == "add") return of_width<Atomic<AddF, kSpace, kReturns>::template Of>(type);
+    if (name == "or") return of_width<Atomic<OrF, kSpace, kReturns>::template Of>(type);
+    if (name == "min") return of_integer<Atomic<LeastF, kSpace, kReturns>::template Of>(type);
+    if (name == "max") return of_integer<Atomic<MostF, kSpace, kReturns>::template Of>(type);
     return nullptr;
 }
 
@@ -616,8 +617,11 @@ Run memory(const std::vector<std::string>& parts) {
     if (name == "ld" || name == "st")
         return shared ? access<Space::shared>(name == "st", count, type)
                       : access<Space::global>(name == "st", count, type);
-    if (name == "atom" && parts.size() == 4)
-        return shared ? atomic<Space::shared>(parts[2], type) : atomic<Space::global>(parts[2], type);
+    if (parts.size() != 4) return nullptr;
+    if (name == "atom")
+        return shared ? atomic<Space::shared, true>(parts[2], type) : atomic<Space::global, true>(parts[2], type);
+    if (name == "red")
+        return shared ? atomic<Space::shared, false>(parts[2], type) : atomic<Space::global, false>(parts[2], type);
     return nullptr;
 }
 

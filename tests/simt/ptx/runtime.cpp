@@ -106,9 +106,10 @@ void __cudaRegisterFunction(void** module, const char* function, char*, const ch
                             void*, int*) {
     entries()[function] = {reinterpret_cast<Module*>(module), name};
 }
-// Of launches by <<< >>>, which no kernel here has.
+// Of launches by <<< >>>, which no kernel here has; CUDA 12 and 13 name different ones.
 unsigned __cudaPopCallConfiguration(dim3*, dim3*, size_t*, void*) { return unsigned(cudaErrorNotSupported); }
 cudaError_t __cudaGetKernel(cudaKernel_t*, const void*) { return cudaErrorNotSupported; }
+cudaError_t cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t) { return cudaErrorNotSupported; }
 cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStream_t) { return cudaErrorNotSupported; }
 
 cudaError_t cudaGetDeviceCount(int* count) {

@@ -6,7 +6,7 @@ TORCH  ?= 2.13.0
 VENV   ?= .venv
 TESTS  ?= tests
 WORKERS ?= auto
-SANITIZE_TESTS ?= tests/ops tests/direg/test_stream.py
+SANITIZE_TESTS ?= tests/ops tests/direg/test_stream.py tests/simt
 # Code for sm_80 runs on 8.x cards, PTX for 90 on later ones: every card works, in a third of a release's build time.
 ARCHS  ?= 80-real;90-real;90-virtual
 
@@ -20,7 +20,7 @@ CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test build lint format bench sanitize clean
+.PHONY: help demo test ptx build lint format bench sanitize clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /\1\t/' | \
@@ -31,6 +31,9 @@ demo: build ## run the demonstration
 
 test: build ## run the tests (TESTS=path for a part, WORKERS=0 for one process)
 	$(PY) -m pytest -n $(WORKERS) --maxprocesses 4 --dist worksteal $(TESTS)
+
+ptx: build ## run the CUDA kernels' tests on the PTX that nvcc makes of them
+	PROSOCIAL_TEST_PTX=1 $(PY) -m pytest -n $(WORKERS) --maxprocesses 4 --dist worksteal tests/simt
 
 build: $(EQUIPPED) ## compile what changed and install it in place
 	PROSOCIAL_CUDA_ARCHS='$(ARCHS)' $(PY) -m pip install -qq --no-build-isolation --editable .
@@ -58,7 +61,7 @@ sanitize: build ## run the kernels' tests under the address and undefined-behavi
 	PROSOCIAL_TEST_ISA="$$($(PY) -c 'import prosocial_ext._C as c; print(c.available_isas()[-1])')" \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  $(PY) -m pytest $(SANITIZE_TESTS) --capture=sys -o pythonpath='build/sanitize/site .' \
+	  $(PY) -m pytest -n $(WORKERS) --maxprocesses 4 --dist worksteal $(SANITIZE_TESTS) --capture=sys -o pythonpath='build/sanitize/site .' \
 	  -m 'not slow' -k 'not ([reference or -reference)'
 
 clean: ## remove what was built (.venv stays)

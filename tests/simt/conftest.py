@@ -1,4 +1,7 @@
-"""Builds the CUDA kernels for the CPU once, and gives tests their launchers under several schedules."""
+"""Builds the CUDA kernels for the CPU once, and gives tests their launchers under several schedules.
+
+`make test` runs the kernels' sources in the harness, `make ptx` (PROSOCIAL_TEST_PTX=1) runs what nvcc makes of them.
+"""
 
 import fcntl
 import importlib.util
@@ -13,10 +16,16 @@ from typing import Any
 
 import pytest
 
+from prosocial_ext import _C
 from prosocial_ext.ops import _cuda
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-TREE = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+# `make sanitize` has a tree of its own, whose harness is sanitized too.
+SANITIZED = "-sanitize" if "sanitize" in Path(_C.__file__).parts else ""
+TREE = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}{SANITIZED}"
+
+PTX = os.environ.get("PROSOCIAL_TEST_PTX", "0") == "1"
+collect_ignore = ["test_harness.py" if PTX else "test_ptx.py"]
 
 
 def built(name: str) -> ModuleType:
@@ -52,7 +61,7 @@ def ptx() -> ModuleType:
     return built("prosocial_ptx")
 
 
-@pytest.fixture(params=["source", "ptx"])
+@pytest.fixture
 def simt(request: Any, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The CUDA implementations of the ops on CPU tensors: every kernel runs in the harness, or as PTX.
 
@@ -60,8 +69,8 @@ def simt(request: Any, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     and a failure comes again. PROSOCIAL_SIMT_SEED draws other ones.
     """
     seed = zlib.crc32(f"{os.environ.get('PROSOCIAL_SIMT_SEED', '')}{request.node.nodeid}".encode())
-    module: ModuleType = request.getfixturevalue("harness" if request.param == "source" else "ptx")
-    if request.param == "source":
+    module: ModuleType = request.getfixturevalue("ptx" if PTX else "harness")
+    if not PTX:
         module.set_schedule(seed, seed % 3 > 0)  # blocks in turns in two of three tests
     else:
         module.set_schedule(seed)

@@ -15,6 +15,7 @@
 #include "harness.h"
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -171,7 +172,7 @@ struct Memory {
         uintptr_t number = 0;
         Page* page = nullptr;
     } recent[256];              // by the low bits of the page's number
-    std::vector<char*> stacks;  // of fibers that are done
+    std::vector<char*> stacks;  // of fibers that are done, or were given up
     uint32_t launches = 0;
 
     void forget() {
@@ -236,14 +237,17 @@ static void begin() {
 
 static char* new_stack() {
     std::vector<char*>& done = memory_of_launches.stacks;
-    if (!done.empty()) {
-        char* stack = done.back();
-        done.pop_back();
-        return stack;
+    if (done.empty()) {
+        void* stack = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (stack == MAP_FAILED) throw std::bad_alloc();
+        done.push_back(static_cast<char*>(stack));
     }
-    void* stack = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (stack == MAP_FAILED) throw std::bad_alloc();
-    return static_cast<char*>(stack);
+    char* stack = done.back();
+    done.pop_back();
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(stack, kStack);  // marks of frames that a launch gave up
+#endif
+    return stack;
 }
 
 static void prepare(Fiber& fiber) {
@@ -638,6 +642,11 @@ static void report_deadlock(const Cluster& cluster) {
     report(*waits, waits->place, std::string("waits for ever: ") + what + " do not reach");
 }
 
+static void keep_stacks(const Cluster& cluster) {
+    for (auto& block : cluster.blocks)
+        for (auto& fiber : block->fibers) memory_of_launches.stacks.push_back(fiber->stack);
+}
+
 void run(const char* kernel, const Shape& shape, Body body, const void* context) {
     if (shape.clusters == 0) return;
     if (shape.threads < 1 || shape.threads > 1024 || shape.threads % kWarp != 0 || shape.clusters < 0 ||
@@ -671,13 +680,10 @@ void run(const char* kernel, const Shape& shape, Body body, const void* context)
         if (!run_some(*cluster.blocks[drawn % size], !schedule.interleaved)) report_deadlock(cluster);
         if (!launch.failure.empty()) break;
         if (cluster.running > 0) continue;
-        for (auto& block : cluster.blocks)
-            for (auto& fiber : block->fibers) memory_of_launches.stacks.push_back(fiber->stack);
+        keep_stacks(cluster);
         alive.erase(alive.begin() + int64_t(drawn / size));
     }
-    for (auto& cluster : alive)
-        for (auto& block : cluster->blocks)
-            for (auto& fiber : block->fibers) munmap(fiber->stack, kStack);
+    for (auto& cluster : alive) keep_stacks(*cluster);
     now = nullptr;
     if (!launch.failure.empty()) throw std::runtime_error(launch.failure);
 }

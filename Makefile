@@ -33,7 +33,7 @@ test: build ## run the tests (TESTS=path for a part, WORKERS=0 for one process)
 	$(PY) -m pytest -n $(WORKERS) --maxprocesses 4 --dist worksteal $(TESTS)
 
 ptx: build ## run the CUDA kernels' tests on the PTX that nvcc makes of them
-	PROSOCIAL_TEST_PTX=1 $(PY) -m pytest -n $(WORKERS) --maxprocesses 4 --dist worksteal tests/simt
+	PROSOCIAL_TEST_KERNELS=ptx $(PY) -m pytest -n $(WORKERS) --maxprocesses 4 --dist worksteal tests/simt
 
 build: $(EQUIPPED) ## compile what changed and install it in place
 	PROSOCIAL_CUDA_ARCHS='$(ARCHS)' $(PY) -m pip install -qq --no-build-isolation --editable .

@@ -76,6 +76,16 @@ def test_every_public_function_and_module_has_a_docstring(path: Path) -> None:
     assert bare == []
 
 
+KERNELS = sorted([*(ROOT / "csrc" / "cuda").glob("*.cu"), *(ROOT / "csrc" / "cuda").glob("*.cuh")])
+
+
+@pytest.mark.parametrize("path", [path for path in KERNELS if path.name != "simt.cuh"], ids=identifier)
+def test_kernels_use_the_subset_of_cuda_that_the_harness_has(path: Path) -> None:
+    text = re.sub(r"//.*", "", path.read_text(encoding="utf-8"))
+    found = re.findall(r"\basm\b|\bcub\b|__threadfence\w*|__sync\w+|\batomic[A-Z]\w*|__shared__|<<<", text)
+    assert found == [], "only csrc/cuda/simt.cuh may"
+
+
 def test_ops_and_reference_have_the_same_names() -> None:
     assert sorted(set(getattr(reference, "__all__", []))) == OPS
 

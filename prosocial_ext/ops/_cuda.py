@@ -13,7 +13,8 @@ __all__ = ["checked", "compiled", "launchers", "target"]
 # Tests put the kernels' twin on host memory here (tests/simt); the implementations then run on CPU tensors.
 launchers: Any = getattr(_C, "cuda", None)
 
-_NO_KERNEL_IMAGE = 209  # cudaErrorNoKernelImageForDevice
+# cudaErrorNoKernelImageForDevice; cudaErrorUnsupportedPtxVersion, where only PTX would fit and the driver is older
+_NO_KERNELS = (209, 222)
 
 
 def compiled() -> bool:
@@ -37,7 +38,7 @@ def checked(error: int) -> None:
     """
     if error == 0:
         return
-    if error == _NO_KERNEL_IMAGE:
+    if error in _NO_KERNELS:
         raise RuntimeError(
             f"prosocial_ext has no kernels for this GPU: it was compiled for {_C.cuda_archs}. Build it again with "
             "PROSOCIAL_CUDA_ARCHS naming the GPU's architecture, or run ops.backend('reference')."

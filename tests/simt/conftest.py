@@ -1,8 +1,10 @@
 """Builds the CUDA kernels for the CPU once, and gives tests their launchers under several schedules.
 
-`make test` runs the kernels' sources in the harness, `make ptx` (PROSOCIAL_TEST_PTX=1) runs what nvcc makes of them.
+PROSOCIAL_TEST_KERNELS says which: `source` (`make test`), in the harness; `ptx` (`make ptx`), what nvcc makes of them;
+`gpu` (`benchmarks/gpu_check.sh`), on a GPU that reaches the memory of the CPU's tensors.
 """
 
+import ctypes
 import fcntl
 import importlib.util
 import os
@@ -15,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from prosocial_ext import _C
 from prosocial_ext.ops import _cuda
@@ -24,8 +27,10 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 SANITIZED = "-sanitize" if "sanitize" in Path(_C.__file__).parts else ""
 TREE = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}{SANITIZED}"
 
-PTX = os.environ.get("PROSOCIAL_TEST_PTX", "0") == "1"
-collect_ignore = ["test_harness.py" if PTX else "test_ptx.py"]
+KERNELS = os.environ.get("PROSOCIAL_TEST_KERNELS", "source")
+collect_ignore = {"source": ["test_ptx.py"], "ptx": ["test_harness.py"], "gpu": ["test_harness.py", "test_ptx.py"]}[
+    KERNELS
+]
 
 
 def built(name: str) -> ModuleType:
@@ -61,18 +66,63 @@ def ptx() -> ModuleType:
     return built("prosocial_ptx")
 
 
+def pageable_memory_access() -> bool:
+    """Whether the first GPU reads and writes what malloc() gave (heterogeneous memory management, or NVLink)."""
+    driver = ctypes.CDLL("libcuda.so.1")
+    value = ctypes.c_int(0)
+    attribute = 88  # CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS
+    return (
+        driver.cuInit(0) == 0
+        and driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, 0) == 0
+        and value.value == 1
+    )
+
+
+class OnGpu:
+    """The launchers of this build; each call returns when the GPU is done, for its results lie in the CPU's tensors."""
+
+    def __init__(self) -> None:
+        self.cuda = self
+
+    def counts(self) -> Any:
+        """Skip a test that counts launches: those do not depend on where the kernels run."""
+        pytest.skip("launches are counted in the harness")
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(_C.cuda, name)
+        if not callable(found) or isinstance(found, type):
+            return found
+
+        def call(*arguments: Any) -> Any:
+            result = found(*arguments)
+            torch.cuda.synchronize()
+            return result
+
+        return call
+
+
+@pytest.fixture(scope="session")
+def gpu() -> OnGpu:
+    """The kernels on the first GPU, at the addresses of CPU tensors."""
+    if not torch.cuda.is_available() or not _cuda.compiled():
+        pytest.skip("no GPU here, or no kernels in this build")
+    if not pageable_memory_access():
+        pytest.skip("this GPU, or its driver, does not reach pageable memory")
+    return OnGpu()
+
+
 @pytest.fixture
-def simt(request: Any, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def simt(request: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The CUDA implementations of the ops on CPU tensors: every kernel runs in the harness, or as PTX.
 
     Each test has a schedule and an architecture of its own, drawn from its name: over the folder all kinds are seen,
     and a failure comes again. PROSOCIAL_SIMT_SEED draws other ones.
     """
     seed = zlib.crc32(f"{os.environ.get('PROSOCIAL_SIMT_SEED', '')}{request.node.nodeid}".encode())
-    module: ModuleType = request.getfixturevalue("ptx" if PTX else "harness")
-    if not PTX:
+    module = request.getfixturevalue({"source": "harness"}.get(KERNELS, KERNELS))
+    if KERNELS == "source":
         module.set_schedule(seed, seed % 3 > 0)  # blocks in turns in two of three tests
-    else:
+    elif KERNELS == "ptx":
         module.set_schedule(seed)
         device = 0 if seed % 2 or "clusters" in request.node.name else 1  # compute capability 9.0 or 8.0
         monkeypatch.setattr(_cuda, "target", lambda tensor: (device, 0))

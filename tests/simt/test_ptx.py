@@ -65,6 +65,7 @@ INSTRUCTIONS = [
     ("rem.s32 %r3, -7, 2;", 2**32 - 1),
     ("div.u32 %r3, -1, 2;", 2**31 - 1),
     ("div.s64 %rd3, -7, -1;", 7),
+    ("mov.u64 %rd3, -9223372036854775808; div.s64 %rd3, %rd3, -1;", -(2**63)),
     ("div.s32 %r3, -2147483648, -1;", 2**31),
     ("neg.s32 %r3, 5;", 2**32 - 5),
     ("not.b64 %rd3, 5;", -6),
@@ -260,7 +261,7 @@ WRONG = {
     ),
     "a shuffle of half a warp": (
         "@%p2 bra $on; shfl.sync.idx.b32 %r3|%p3, %r1, 0, 31, -1; $on: bar.sync 0;",
-        "lanes of one warp wait at different places",
+        "diverged: lanes of one warp wait at different places",
     ),
     "a shuffle of those who stay": (
         "@%p2 ret; shfl.sync.idx.b32 %r3|%p3, %r1, 0, 31, -1;",
@@ -276,6 +277,13 @@ WRONG = {
     ),
     "shared memory beyond the end": ("ld.shared.u32 %r3, [tile+4096];", "shared memory at 4096 of 4096 bytes"),
     "a crooked vector": ("st.shared.v4.u32 [tile+8], {1, 1, 1, 1};", "an access of 16 bytes at an address"),
+    "a wait for a cluster without an arrival": (
+        "barrier.cluster.wait;",
+        "a cluster barrier that lanes have not arrived at",
+    ),
+    "two arrivals": ("barrier.cluster.arrive; barrier.cluster.arrive;", "a second arrival at a cluster barrier"),
+    "an arrival and no wait": ("barrier.cluster.arrive;", "the kernel is left between the halves of a cluster barrier"),
+    "a copy of another size": ("cp.async.cg.shared.global [tile], [%rd1], 16, 8;", "a copy that fills up with zeros"),
     "no memory": ("ld.global.u32 %r3, [%rd7];", "global memory at 0"),
     "a loop without an end": ("$again: add.s32 %r3, %r3, 1; bra.uni $again;", "it does not come to an end"),
     "copies left behind": (
@@ -289,8 +297,77 @@ WRONG = {
 def test_what_cannot_work_is_told_with_the_kernel_and_the_place(ptx: ModuleType, name: str) -> None:
     body, message = WRONG[name]
     head = "setp.gt.s32 %p1, %r1, 31; and.b32 %r2, %r1, 16; setp.ne.s32 %p2, %r2, 0; mov.u64 %rd7, 0;"
-    with pytest.raises(RuntimeError, match=rf"k, block 0, warp [01]: .*({message})"):
+    with pytest.raises(RuntimeError, match=rf"k, block 0, warp [01], `.*`: ({message})"):
         run(ptx, head + body, threads=64)
+
+
+def test_a_table_of_constants_is_read(ptx: ModuleType) -> None:
+    table = ".global .align 8 .b8 table[6] = {1, 2, 0, 0, 255, 7};\n"
+    body = f"mov.u64 %rd4, table; cvta.global.u64 %rd4, %rd4; ld.u16 %rs3, [%rd4+4]; {STORES['%rs3']}"
+    memory = torch.zeros(32, dtype=torch.int64)
+    ptx.run(kernel(body).replace(HEAD, HEAD + table), 1, 32, [memory.data_ptr()])
+    assert memory.tolist() == [7 << 8 | 255] * 32
+
+
+def test_an_error_names_the_instruction(ptx: ModuleType) -> None:
+    with pytest.raises(RuntimeError, match=r"`ld\.shared\.u32 %r3, \[tile\+4096\]`: shared memory at 4096"):
+        run(ptx, "add.s32 %r3, %r3, 1; ld.shared.u32 %r3, [tile+4096];")
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("", "global memory before griddepcontrol.wait"),
+        ("griddepcontrol.wait;", None),
+        ("griddepcontrol.launch_dependents;", "global memory before griddepcontrol.wait"),
+        ("setp.eq.s32 %p1, %r1, 5; @%p1 ret; griddepcontrol.wait;", "the kernel is left without griddepcontrol.wait"),
+    ],
+)
+def test_a_launch_that_overlaps_others_waits_for_them(ptx: ModuleType, body: str, message: str | None) -> None:
+    memory = torch.zeros(32, dtype=torch.int64)
+    arguments = (kernel(f"{body} mov.u32 %r3, 1; {STORES['%r3']}"), 1, 32, [memory.data_ptr()])
+    ptx.run(*arguments)
+    if message is None:
+        ptx.run(*arguments, overlapping=True)
+    else:
+        with pytest.raises(RuntimeError, match=message):
+            ptx.run(*arguments, overlapping=True)
+
+
+def test_a_block_that_has_left_the_kernel_is_not_read(ptx: ModuleType) -> None:
+    body = """
+    mov.u32 %r2, %cluster_ctarank; st.shared.u32 [tile], 40;
+    barrier.cluster.arrive; barrier.cluster.wait;
+    mov.u32 %r3, tile; cvt.u64.u32 %rd3, %r3; cvta.shared.u64 %rd3, %rd3;
+    xor.b32 %r4, %r2, 1; mapa.u64 %rd4, %rd3, %r4; ld.u32 %r3, [%rd4];
+    """
+    last = "barrier.cluster.arrive; barrier.cluster.wait;"
+    assert run(ptx, f"{body} {last} {STORES['%r3']}", blocks=2, size=2) == [40] * 32
+    assert run(ptx, f"{body} {STORES['%r3']}", blocks=2, size=2) != [40] * 32
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "add.sat.s32 %r3, %r4, %r5;",
+        "cvt.rni.s32.f32 %r3, %f4;",
+        "cvt.rmi.f32.f32 %f3, %f4;",
+        "cvt.rz.f32.f64 %f3, %fd4;",
+        "mul.rn.ftz.f32 %f3, %f4, %f5;",
+        "min.NaN.f32 %f3, %f4, %f5;",
+        "shfl.sync.idx.b32 %r3, %r4, 0, 31, -1;",
+        "setp.lt.s32 %p3|%p4, %r4, %r5;",
+        "ld.local.u32 %r3, [%rd1];",
+        "ld.volatile.global.u32 %r3, [%rd1];",
+        "bar.sync 1;",
+        "bar.sync 0, 32;",
+        "cvta.local.u64 %rd3, %rd4;",
+        "atom.relaxed.gpu.global.add.u32 %r3, [%rd1], 1;",
+    ],
+)
+def test_what_is_asked_for_in_an_opcode_is_not_passed_over(ptx: ModuleType, text: str) -> None:
+    with pytest.raises(RuntimeError, match="is not known"):
+        run(ptx, text)
 
 
 def test_an_instruction_that_is_not_known_is_named(ptx: ModuleType) -> None:

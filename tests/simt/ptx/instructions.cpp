@@ -104,7 +104,8 @@ PTX_OP(Unary, NegateFloat, (T a), -a)
 PTX_OP(Unary, Absolute, (T a), std::fabs(a))
 PTX_OP(Binary, Add, (T a, T b), T(a + b))
 PTX_OP(Binary, Subtract, (T a, T b), T(a - b))
-PTX_OP(Binary, Multiply, (T a, T b), T(a* b))
+PTX_OP(Binary, Multiply, (T a, T b), T(uint64_t(a) * uint64_t(b)))
+PTX_OP(Binary, MultiplyFloat, (T a, T b), a* b)
 PTX_OP(Binary, And, (T a, T b), T(a& b))
 PTX_OP(Binary, Or, (T a, T b), T(a | b))
 PTX_OP(Binary, Xor, (T a, T b), T(a ^ b))
@@ -113,11 +114,11 @@ PTX_OP(Binary, Most, (T a, T b), std::max(a, b))
 PTX_OP(Binary, DivideFloat, (T a, T b), a / b)
 // Division by zero is not specified: all ones, as on cards.
 PTX_OP(Binary, Divide, (T a, T b),
-       b == 0 ? T(-1)
-              : T(a / (std::is_signed<T>::value && b == T(-1) ? T(1) : b)) *
-                    (std::is_signed<T>::value && b == T(-1) ? T(-1) : T(1)))
+       b == 0                                   ? T(-1)
+       : std::is_signed<T>::value && b == T(-1) ? T(0 - uint64_t(a))
+                                                : T(a / b))
 PTX_OP(Binary, Remainder, (T a, T b), b == 0 ? a : std::is_signed<T>::value && b == T(-1) ? T(0) : T(a % b))
-PTX_OP(Ternary, MultiplyAdd, (T a, T b, T c), T(a* b + c))
+PTX_OP(Ternary, MultiplyAdd, (T a, T b, T c), T(uint64_t(a) * uint64_t(b) + c))
 PTX_OP(Ternary, Fused, (T a, T b, T c), std::fma(a, b, c))
 
 // A NaN counts for nothing; -0 is less than 0.
@@ -155,7 +156,7 @@ struct Right {
 };
 
 template <class T>
-struct Wide {  // the whole product
+struct Whole {  // the product
     static void run(Warp& w, In in, uint32_t lanes) {
         using Signed = std::conditional_t<sizeof(T) == 2, int32_t, int64_t>;
         using D = std::conditional_t<std::is_signed<T>::value, Signed, std::make_unsigned_t<Signed>>;
@@ -207,14 +208,14 @@ struct InsertBits {
 template <class F>
 void predicates(Warp& w, In in, uint32_t lanes) {
     each(lanes, [&](int l) {
-        w.set(in.operands[0], l, uint64_t(F()(w.get<bool>(in.operands[1], l), w.get<bool>(in.operands[2], l))));
+        w.set(in.operands[0], l, uint64_t(F()(w.is_true(in.operands[1], l), w.is_true(in.operands[2], l))));
     });
 }
 void move_predicate(Warp& w, In in, uint32_t lanes) {
-    each(lanes, [&](int l) { w.set(in.operands[0], l, uint64_t(w.get<uint64_t>(in.operands[1], l) != 0)); });
+    each(lanes, [&](int l) { w.set(in.operands[0], l, uint64_t(w.is_true(in.operands[1], l))); });
 }
 void not_predicate(Warp& w, In in, uint32_t lanes) {
-    each(lanes, [&](int l) { w.set(in.operands[0], l, uint64_t(w.get<uint64_t>(in.operands[1], l) == 0)); });
+    each(lanes, [&](int l) { w.set(in.operands[0], l, uint64_t(!w.is_true(in.operands[1], l))); });
 }
 
 // `eq` and the like are false where a number is a NaN, `equ` and the like are true.
@@ -267,9 +268,8 @@ Run comparison(const std::string& name, const std::string& type) {
 template <class T>
 struct Select {
     static void run(Warp& w, In in, uint32_t lanes) {
-        each(lanes, [&](int l) {
-            w.set(in.operands[0], l, w.get<T>(in.operands[w.get<bool>(in.operands[3], l) ? 1 : 2], l));
-        });
+        each(lanes,
+             [&](int l) { w.set(in.operands[0], l, w.get<T>(in.operands[w.is_true(in.operands[3], l) ? 1 : 2], l)); });
     }
 };
 
@@ -296,8 +296,7 @@ struct From {
         }
     };
     static Run to(const std::string& type) {
-        return of_type<To, uint8_t, int8_t, uint16_t, int16_t, uint32_t, int32_t, uint64_t, int64_t, float, double>(
-            type);
+        return of_type<To, uint16_t, int16_t, uint32_t, int32_t, uint64_t, int64_t, float, double>(type);
     }
 };
 Run conversion(const std::string& to, const std::string& from) {
@@ -351,7 +350,7 @@ void unpack(Warp& w, In in, uint32_t lanes) {
 
 // ---- memory
 
-enum class Space { global, shared };
+enum class Space { global, shared, parameter };
 
 template <Space kSpace>
 char* address(Warp& w, In in, int operand, int lane, int bytes) {
@@ -365,6 +364,8 @@ char* address(Warp& w, In in, int operand, int lane, int bytes) {
         memory = &w.block->shared[offset];
     } else if (at < 4096) {
         fail("global memory at " + std::to_string(at));
+    } else if (kSpace == Space::global && w.block->overlapping && (w.started >> lane & 1) == 0) {
+        fail("global memory before griddepcontrol.wait");
     }
     if (reinterpret_cast<uintptr_t>(memory) % uintptr_t(bytes) != 0)
         fail("an access of " + std::to_string(bytes) + " bytes at an address that is not a multiple of it");
@@ -372,12 +373,12 @@ char* address(Warp& w, In in, int operand, int lane, int bytes) {
 }
 template <class T, Space kSpace, int kCount>
 void load(Warp& w, In in, uint32_t lanes) {
-    using Wide = std::conditional_t<std::is_floating_point<T>::value, T,
-                                    std::conditional_t<std::is_signed<T>::value, int64_t, T>>;
+    using Filling = std::conditional_t<std::is_floating_point<T>::value, T,
+                                       std::conditional_t<std::is_signed<T>::value, int64_t, T>>;
     each(lanes, [&](int l) {
         T values[kCount];
         memcpy(values, address<kSpace>(w, in, kCount, l, int(sizeof values)), sizeof values);
-        for (int i = 0; i < kCount; ++i) w.set(in.operands[size_t(i)], l, Wide(values[i]));
+        for (int i = 0; i < kCount; ++i) w.set(in.operands[size_t(i)], l, Filling(values[i]));
     });
 }
 template <class T, Space kSpace, int kCount>
@@ -464,12 +465,14 @@ void map_to_rank(Warp& w, In in, uint32_t lanes) {
 void copy_async(Warp& w, In in, uint32_t lanes) {
     each(lanes, [&](int l) {
         const int bytes = w.get<int32_t>(in.operands[2], l);
+        if (in.operands.size() == 4 && w.get<int32_t>(in.operands[3], l) != bytes)
+            fail("a copy that fills up with zeros");
         char* to = address<Space::shared>(w, in, 0, l, bytes);
         const char* from = address<Space::global>(w, in, 1, l, bytes);
         memset(to, 0xcb, size_t(bytes));
         auto& groups = w.copies[l];
         if (groups.empty()) groups.emplace_back();
-        groups.back().push_back({to, uint64_t(from), bytes});
+        groups.back().push_back({to, from, bytes});
     });
 }
 void commit_copies(Warp& w, In, uint32_t lanes) {
@@ -483,8 +486,7 @@ void wait_copies(Warp& w, In in, uint32_t lanes) {
         auto& groups = w.copies[l];
         const size_t left = w.get<uint32_t>(in.operands[0], l) + 1;  // and the open one
         while (groups.size() > left) {
-            for (const Copy& copy : groups.front())
-                memcpy(copy.to, reinterpret_cast<const void*>(copy.from), size_t(copy.bytes));
+            for (const Copy& copy : groups.front()) memcpy(copy.to, copy.from, size_t(copy.bytes));
             groups.erase(groups.begin());
         }
     });
@@ -525,7 +527,7 @@ Run shuffles(const std::string& mode) {
 }
 void ballot(Warp& w, In in, uint32_t lanes) {
     uint32_t votes = 0;
-    each(lanes, [&](int l) { votes |= uint32_t(w.get<bool>(in.operands[1], l)) << l; });
+    each(lanes, [&](int l) { votes |= uint32_t(w.is_true(in.operands[1], l)) << l; });
     each(lanes, [&](int l) { w.set(in.operands[0], l, votes); });
 }
 
@@ -553,6 +555,11 @@ void multiply_tiles(Warp& w, In in, uint32_t) {
 }
 
 void nothing(Warp&, In, uint32_t) {}
+void know_earlier_launches_done(Warp& w, In, uint32_t lanes) { w.started |= lanes; }
+void arrive(Warp& w, In, uint32_t lanes) {
+    if ((w.arrived & lanes) != 0) fail("a second arrival at a cluster barrier");
+    w.arrived |= lanes;
+}
 
 std::vector<std::string> parts_of(const std::string& opcode) {
     std::vector<std::string> parts(1);
@@ -565,64 +572,127 @@ std::vector<std::string> parts_of(const std::string& opcode) {
     return parts;
 }
 
-// What works on registers alone.
-Run plain(const std::vector<std::string>& parts, size_t operands) {
-    const std::string &name = parts[0], &type = parts.back();
-    const bool floats = type[0] == 'f';
-    if (name == "mov" && type == "pred") return &move_predicate;
-    if (name == "mov" && operands == 2)
-        return of_type<Move, uint16_t, int16_t, uint32_t, int32_t, uint64_t, int64_t, float, double>(type);
-    if (name == "not") return type == "pred" ? &not_predicate : of_width<Not>(type);
-    if (name == "and") return type == "pred" ? &predicates<std::logical_and<>> : of_width<And>(type);
-    if (name == "or") return type == "pred" ? &predicates<std::logical_or<>> : of_width<Or>(type);
-    if (name == "xor") return type == "pred" ? &predicates<std::not_equal_to<>> : of_width<Xor>(type);
-    if (name == "add") return floats ? of_float<Add>(type) : of_width<Add>(type);
-    if (name == "sub") return floats ? of_float<Subtract>(type) : of_width<Subtract>(type);
-    if (name == "mul" && floats) return of_float<Multiply>(type);
-    if (name == "mul" && parts[1] == "lo") return of_width<Multiply>(type);
-    if (name == "mul" && parts[1] == "wide") return of_type<Wide, uint16_t, int16_t, uint32_t, int32_t>(type);
-    if (name == "mul" && parts[1] == "hi" && type == "u64") return &multiply_high;
-    if (name == "mad" && parts[1] == "lo") return of_width<MultiplyAdd>(type);
-    if (name == "fma") return of_float<Fused>(type);
-    if (name == "div") return floats ? of_float<DivideFloat>(type) : of_integer<Divide>(type);
-    if (name == "rem") return of_integer<Remainder>(type);
-    if (name == "min") return floats ? of_float<LeastFloat>(type) : of_integer<Least>(type);
-    if (name == "max") return floats ? of_float<MostFloat>(type) : of_integer<Most>(type);
-    if (name == "neg") return floats ? of_float<NegateFloat>(type) : of_width<Negate>(type);
+// ---- opcodes: a name, what comes between, a type. Nothing in between is passed over.
+
+Run on_floats(const std::string& name, const std::string& type) {
+    if (name == "add.rn") return of_float<Add>(type);
+    if (name == "sub.rn") return of_float<Subtract>(type);
+    if (name == "mul.rn") return of_float<MultiplyFloat>(type);
+    if (name == "div.rn") return of_float<DivideFloat>(type);
+    if (name == "fma.rn") return of_float<Fused>(type);
+    if (name == "min") return of_float<LeastFloat>(type);
+    if (name == "max") return of_float<MostFloat>(type);
+    if (name == "neg") return of_float<NegateFloat>(type);
     if (name == "abs") return of_float<Absolute>(type);
+    if (name == "mov") return of_float<Move>(type);
+    if (name == "selp") return of_float<Select>(type);
+    return nullptr;
+}
+Run on_integers(const std::string& name, const std::string& type) {
+    if (name == "mov") return of_width<Move>(type);
+    if (name == "not") return of_width<Not>(type);
+    if (name == "and") return of_width<And>(type);
+    if (name == "or") return of_width<Or>(type);
+    if (name == "xor") return of_width<Xor>(type);
+    if (name == "add") return of_width<Add>(type);
+    if (name == "sub") return of_width<Subtract>(type);
+    if (name == "mul.lo") return of_width<Multiply>(type);
+    if (name == "mul.wide") return of_type<Whole, uint16_t, int16_t, uint32_t, int32_t>(type);
+    if (name == "mul.hi" && type == "u64") return &multiply_high;
+    if (name == "mad.lo") return of_width<MultiplyAdd>(type);
+    if (name == "div") return of_integer<Divide>(type);
+    if (name == "rem") return of_integer<Remainder>(type);
+    if (name == "min") return of_integer<Least>(type);
+    if (name == "max") return of_integer<Most>(type);
+    if (name == "neg") return of_width<Negate>(type);
     if (name == "shl") return of_width<Left>(type);
     if (name == "shr") return of_integer<Right>(type);
     if (name == "popc") return of_width<CountBits>(type);
     if (name == "clz") return of_width<LeadingZeros>(type);
     if (name == "bfi") return of_width<InsertBits>(type);
-    if (name == "selp") return floats ? of_float<Select>(type) : of_width<Select>(type);
-    if (name == "setp" && parts.size() == 3) return comparison(parts[1], type);
-    if (name == "cvt" && type == "f16" && parts[1] == "f32") return &from_half;
-    if (name == "cvt" && parts[1] == "rn" && type == "f32") {
-        if (parts[2] == "f16x2") return &to_halves<float_to_f16>;
-        if (parts[2] == "bf16x2") return &to_halves<float_to_bf16>;
-        if (parts[2] == "f16") return &to_half<float_to_f16>;
-        if (parts[2] == "bf16") return &to_half<float_to_bf16>;
-    }
-    if (name == "cvt") return conversion(parts[parts.size() - 2], type);
+    if (name == "selp") return of_width<Select>(type);
     return nullptr;
 }
-Run memory(const std::vector<std::string>& parts) {
-    const std::string &name = parts[0], &type = parts.back();
-    const bool shared = std::find(parts.begin(), parts.end(), "shared") != parts.end();
-    const int count = parts.size() < 3                  ? 1
-                      : parts[parts.size() - 2] == "v2" ? 2
-                      : parts[parts.size() - 2] == "v4" ? 4
-                                                        : 1;
-    if (name == "ld" || name == "st")
-        return shared ? access<Space::shared>(name == "st", count, type)
-                      : access<Space::global>(name == "st", count, type);
-    if (parts.size() != 4) return nullptr;
-    if (name == "atom")
-        return shared ? atomic<Space::shared, true>(parts[2], type) : atomic<Space::global, true>(parts[2], type);
-    if (name == "red")
-        return shared ? atomic<Space::shared, false>(parts[2], type) : atomic<Space::global, false>(parts[2], type);
+Run on_predicates(const std::string& name) {
+    if (name == "mov") return &move_predicate;
+    if (name == "not") return &not_predicate;
+    if (name == "and") return &predicates<std::logical_and<>>;
+    if (name == "or") return &predicates<std::logical_or<>>;
+    if (name == "xor") return &predicates<std::not_equal_to<>>;
     return nullptr;
+}
+// Rounding is asked for where it can happen, and is to nearest, or toward zero where an integer is made.
+Run converts(const std::vector<std::string>& parts) {
+    const std::string &to = parts[parts.size() - 2], &from = parts.back();
+    const std::string rounding = parts.size() == 4 ? parts[1] : "";
+    if (parts.size() > 4) return nullptr;
+    if (to == "f32" && from == "f16" && rounding.empty()) return &from_half;
+    if (rounding == "rn" && from == "f32") {
+        if (to == "f16x2") return &to_halves<float_to_f16>;
+        if (to == "bf16x2") return &to_halves<float_to_bf16>;
+        if (to == "f16") return &to_half<float_to_f16>;
+        if (to == "bf16") return &to_half<float_to_bf16>;
+    }
+    const bool float_to = to[0] == 'f', float_from = from[0] == 'f';
+    const char* wanted = "";
+    if (float_from && !float_to) wanted = "rzi";
+    if (float_to && (!float_from || (to == "f32" && from == "f64"))) wanted = "rn";
+    return rounding == wanted && !(float_to && to == from) ? conversion(to, from) : nullptr;
+}
+// ld, st: a space or none, which is a generic address; one, two or four elements.
+Run reads_or_writes(std::vector<std::string> parts) {
+    const bool stores = parts[0] == "st";
+    const std::string type = parts.back();
+    std::string space;
+    int count = 1;
+    size_t i = 1;
+    if (parts[i] == "global" || parts[i] == "shared" || parts[i] == "param") space = parts[i++];
+    if (parts[i] == "v2" || parts[i] == "v4") count = parts[i++] == "v2" ? 2 : 4;
+    if (i + 1 != parts.size()) return nullptr;
+    if (space == "shared") return access<Space::shared>(stores, count, type);
+    if (space == "param") return stores ? nullptr : access<Space::parameter>(false, count, type);
+    return access<Space::global>(stores, count, type);
+}
+Run changes(const std::vector<std::string>& parts) {  // atom, red
+    if (parts.size() != 4) return nullptr;
+    const bool returns = parts[0] == "atom";
+    if (parts[1] == "shared")
+        return returns ? atomic<Space::shared, true>(parts[2], parts[3])
+                       : atomic<Space::shared, false>(parts[2], parts[3]);
+    if (parts[1] == "global")
+        return returns ? atomic<Space::global, true>(parts[2], parts[3])
+                       : atomic<Space::global, false>(parts[2], parts[3]);
+    return nullptr;
+}
+
+// How many operands there must be.
+size_t operands_of(const std::vector<std::string>& parts) {
+    const std::string& name = parts[0];
+    const auto vector = [&] {
+        for (const std::string& part : parts)
+            if (part == "v2" || part == "v4") return size_t(part[1] - '0');
+        return size_t(1);
+    };
+    if (name == "ld" || name == "st") return 1 + vector();
+    if (name == "cvt") return parts[2] == "f16x2" || parts[2] == "bf16x2" ? 3 : 2;
+    for (const char* unary : {"mov", "not", "neg", "abs", "popc", "clz", "red"})
+        if (name == unary) return 2;
+    for (const char* ternary : {"fma", "mad", "selp"})
+        if (name == ternary) return 4;
+    return name == "bfi" ? 5 : 3;
+}
+
+Run runs(const std::vector<std::string>& parts) {
+    const std::string &name = parts[0], &type = parts.back();
+    if (parts.size() < 2) return nullptr;
+    if (name == "ld" || name == "st") return reads_or_writes(parts);
+    if (name == "atom" || name == "red") return changes(parts);
+    if (name == "cvt") return parts.size() < 3 ? nullptr : converts(parts);
+    if (name == "setp") return parts.size() == 3 ? comparison(parts[1], type) : nullptr;
+    if (parts.size() > 3) return nullptr;
+    const std::string whole = parts.size() == 3 ? name + "." + parts[1] : name;
+    if (type == "pred") return on_predicates(whole);
+    return type[0] == 'f' ? on_floats(whole, type) : on_integers(whole, type);
 }
 
 }  // namespace
@@ -632,47 +702,55 @@ void decode(const std::string& opcode, Instruction& in) {
     const std::string& name = parts[0];
     const auto is = [&](const char* begin) { return opcode.compare(0, strlen(begin), begin) == 0; };
     const int last = int(in.operands.size()) - 1;
-    if (name == "bra") {
+    const size_t count = in.operands.size();
+    const auto meets = [&](int members, size_t operands, Run run) {
+        in.control = Control::warp, in.members = members;
+        if (count == operands) in.run = run;
+    };
+    if (opcode == "bra" || opcode == "bra.uni") {
         in.control = Control::branch;
-    } else if (name == "ret" || name == "exit") {
+    } else if (opcode == "ret" || opcode == "exit") {
         in.control = Control::exit;
-    } else if (opcode == "bar.sync") {
+    } else if (opcode == "bar.sync" && count == 1 && in.text.back() == '0') {
         in.control = Control::block;
     } else if (opcode == "barrier.cluster.wait") {
         in.control = Control::cluster;
     } else if (opcode == "bar.warp.sync") {
-        in.control = Control::warp, in.members = 0, in.run = &nothing;
-    } else if (is("shfl.sync.")) {
-        in.control = Control::warp, in.members = last, in.run = shuffles(parts[2]);
+        meets(0, 1, &nothing);
+    } else if (is("shfl.sync.") && parts.size() == 4 && parts[3] == "b32") {
+        meets(last, 6, shuffles(parts[2]));
     } else if (opcode == "vote.sync.ballot.b32") {
-        in.control = Control::warp, in.members = last, in.run = &ballot;
+        meets(last, 3, &ballot);
     } else if (opcode == "mma.sync.aligned.m16n8k4.row.col.f64.f64.f64.f64") {
-        in.control = Control::warp, in.run = &multiply_tiles<16>;
+        meets(-1, 11, &multiply_tiles<16>);
     } else if (opcode == "mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64") {
-        in.control = Control::warp, in.run = &multiply_tiles<8>;
+        meets(-1, 6, &multiply_tiles<8>);
     } else if (opcode == "cp.async.cg.shared.global" || opcode == "cp.async.ca.shared.global") {
-        in.run = &copy_async;
+        if (count == 3 || count == 4) in.run = &copy_async;
     } else if (opcode == "cp.async.commit_group") {
         in.run = &commit_copies;
-    } else if (opcode == "cp.async.wait_group") {
+    } else if (opcode == "cp.async.wait_group" && count == 1) {
         in.run = &wait_copies;
-    } else if (is("griddepcontrol.") || opcode == "barrier.cluster.arrive" || opcode == "membar.gl") {
+    } else if (opcode == "griddepcontrol.wait") {
+        in.run = &know_earlier_launches_done;
+    } else if (opcode == "barrier.cluster.arrive") {
+        in.run = &arrive;
+    } else if (opcode == "griddepcontrol.launch_dependents" || opcode == "membar.gl") {
         in.run = &nothing;  // launches run one after the other; memory is in order
-    } else if (opcode == "mov.b32" && in.operands.size() == 3) {
+    } else if (opcode == "mov.b32" && count == 3) {
         in.run = in.text.find('{') < in.text.find(',') ? &unpack<uint16_t, uint32_t> : &pack<uint16_t, uint32_t>;
-    } else if (opcode == "mov.b64" && in.operands.size() == 3) {
+    } else if (opcode == "mov.b64" && count == 3) {
         in.run = in.text.find('{') < in.text.find(',') ? &unpack<uint32_t, uint64_t> : &pack<uint32_t, uint64_t>;
     } else if (opcode == "cvta.shared.u64") {
         in.run = &shared_to_generic;
     } else if (opcode == "cvta.to.shared.u64") {
         in.run = &generic_to_shared;
-    } else if (name == "cvta") {
+    } else if (opcode == "cvta.global.u64" || opcode == "cvta.to.global.u64" || opcode == "cvta.param.u64") {
         in.run = &Move<uint64_t>::run;
-    } else if (opcode == "mapa.u64") {
+    } else if (opcode == "mapa.u64" && count == 3) {
         in.run = &map_to_rank;
-    } else {
-        in.run = memory(parts);
-        if (in.run == nullptr) in.run = plain(parts, in.operands.size());
+    } else if (parts.size() > 1 && (name != "cvt" || parts.size() > 2) && count == operands_of(parts)) {
+        in.run = runs(parts);
     }
     if (in.run == nullptr && (in.control == Control::none || in.control == Control::warp))
         fail("the PTX instruction `" + in.text + "` is not known to tests/simt/ptx/instructions.cpp");

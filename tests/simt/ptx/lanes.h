@@ -12,7 +12,7 @@ constexpr uint32_t kAllLanes = 0xffffffffu;
 
 struct Copy {
     char* to;
-    uint64_t from;
+    const char* from;
     int bytes;
 };
 
@@ -22,6 +22,7 @@ struct Block {
     std::vector<Block>* cluster = nullptr;
     int64_t index = 0;
     int rank = 0;
+    bool overlapping = false;
 };
 
 enum class State : uint8_t { running, at_block_barrier, at_cluster_barrier, done };
@@ -31,8 +32,10 @@ struct Warp {
     int index = 0;
     State state = State::running;
     int64_t done = 0;                              // instructions of this block
-    int waits_at = -1;                             // the instruction
+    int now = 0;                                   // the instruction that runs, or that it waits at
     uint32_t alive = 0, waiting = 0;               // lanes; waiting: at a collective
+    uint32_t started = 0;                          // lanes that know that earlier launches are done
+    uint32_t arrived = 0;                          // lanes that have announced a barrier of the cluster
     int at[kWarp] = {};                            // their next instruction
     std::vector<uint64_t> registers;               // 32 of each
     std::vector<std::vector<Copy>> copies[kWarp];  // groups of each lane, the open one last
@@ -43,6 +46,7 @@ struct Warp {
         memcpy(&value, &registers[size_t(r) * kWarp + size_t(lane)], sizeof value);
         return value;
     }
+    bool is_true(int r, int lane) const { return get<uint64_t>(r, lane) & 1; }
     template <class T>
     void set(int r, int lane, T value) {
         uint64_t bits = 0;

@@ -16,7 +16,7 @@ namespace {
 constexpr int64_t kMost = 1 << 28;  // instructions of a warp: minutes
 
 bool guarded(const Warp& w, const Instruction& in, int lane) {
-    return in.guard < 0 || w.get<bool>(in.guard, lane) != in.guard_negated;
+    return in.guard < 0 || w.is_true(in.guard, lane) != in.guard_negated;
 }
 
 // Lanes that the collective at `in` asks for.
@@ -24,20 +24,25 @@ uint32_t members(const Warp& w, const Instruction& in, int lane) {
     return in.members < 0 ? kAllLanes : w.get<uint32_t>(in.operands[size_t(in.members)], lane);
 }
 
-// Meets at a collective of the warp, if all that it asks for are there.
+// Lets those meet at a collective of the warp of whom all that they ask for are there.
 void meet(Warp& w, const Kernel& kernel, int at) {
     const Instruction& in = kernel.code[size_t(at)];
     uint32_t there = 0;
     each(w.waiting, [&](int l) { there |= uint32_t(w.at[l] == at) << l; });
-    const uint32_t wanted = members(w, in, __builtin_ctz(there));
-    if ((wanted & ~w.alive) != 0) fail("a collective that lanes which have left the kernel cannot reach");
-    if ((wanted & ~there) != 0) return;
-    each(wanted, [&](int l) {
-        if (members(w, in, l) != wanted) fail("a collective whose lanes name different members");
-    });
-    in.run(w, in, wanted);
-    w.waiting &= ~wanted;
-    each(wanted, [&](int l) { w.at[l] = at + 1; });
+    for (uint32_t left = there; left != 0;) {
+        const uint32_t wanted = members(w, in, __builtin_ctz(left));
+        left &= left - 1;
+        if ((wanted & ~w.alive) != 0) fail("a collective that lanes which have left the kernel cannot reach");
+        if ((wanted & ~there) != 0) continue;
+        each(wanted, [&](int l) {
+            if (members(w, in, l) != wanted) fail("a collective whose lanes name different members");
+        });
+        in.run(w, in, wanted);
+        w.waiting &= ~wanted;
+        there &= ~wanted;
+        left &= ~wanted;
+        each(wanted, [&](int l) { w.at[l] = at + 1; });
+    }
 }
 
 // All lanes of the warp stand at a barrier of the block or the cluster.
@@ -48,8 +53,9 @@ bool arrived(Warp& w, const Kernel& kernel) {
     if (!together) fail("diverged: lanes of one warp wait at different places");
     const Control control = kernel.code[size_t(at)].control;
     if (control != Control::block && control != Control::cluster) return false;
+    if (control == Control::cluster && w.arrived != w.alive) fail("a cluster barrier that lanes have not arrived at");
     w.state = control == Control::block ? State::at_block_barrier : State::at_cluster_barrier;
-    w.waits_at = at;
+    w.now = at;
     return true;
 }
 
@@ -78,6 +84,7 @@ void advance(Warp& w, const Kernel& kernel) {
         const auto leave_at = [&](uint32_t those, int place) { each(those, [&](int l) { w.at[l] = place; }); };
         for (bool together = true; together;) {
             const Instruction& in = kernel.code[size_t(pc)];
+            w.now = pc;
             ++instructions;
             if (++w.done == kMost) fail("it does not come to an end");
             uint32_t taking = lanes;
@@ -100,6 +107,9 @@ void advance(Warp& w, const Kernel& kernel) {
                     }
                     break;
                 case Control::exit:
+                    if ((taking & w.arrived) != 0) fail("the kernel is left between the halves of a cluster barrier");
+                    if (w.block->overlapping && (taking & ~w.started) != 0)
+                        fail("the kernel is left without griddepcontrol.wait");
                     each(taking, [&](int l) {
                         for (const auto& group : w.copies[l])
                             if (!group.empty()) fail("the kernel is left without waiting for its copies");
@@ -109,6 +119,10 @@ void advance(Warp& w, const Kernel& kernel) {
                     together = false;
                     break;
                 default:
+                    if (taking == 0) {
+                        ++pc;
+                        break;
+                    }
                     if (taking != lanes) fail("a collective under a guard that some lanes do not pass");
                     leave_at(lanes, pc);
                     w.waiting |= lanes;
@@ -134,25 +148,30 @@ std::vector<size_t> drawn_order(size_t count, std::mt19937_64& random) {
 
 void release(Warp& w) {
     w.waiting = 0;
+    if (w.state == State::at_cluster_barrier) w.arrived = 0;
     each(w.alive, [&](int l) { ++w.at[l]; });
     w.state = State::running;
 }
 
 [[noreturn]] void fail_in(const Warp& w, const Kernel& kernel, const std::string& what) {
     std::string places;
-    for (int l = 0; l < kWarp; ++l) {
-        if (l != 0 && w.at[l] == w.at[l - 1]) continue;
-        places += "\n  lane " + std::to_string(l) + ": " + kernel.code[size_t(w.at[l])].text;
-    }
-    fail(kernel.name + ", block " + std::to_string(w.block->index) + ", warp " + std::to_string(w.index) + ": " + what +
-         places);
+    int last = -1;
+    each(w.waiting, [&](int l) {
+        if (w.at[l] != last) places += "\n  lane " + std::to_string(l) + " waits: " + kernel.code[size_t(w.at[l])].text;
+        last = w.at[l];
+    });
+    fail(kernel.name + ", block " + std::to_string(w.block->index) + ", warp " + std::to_string(w.index) + ", `" +
+         kernel.code[size_t(w.now)].text + "`: " + what + places);
 }
 
 class Machine {
   public:
     explicit Machine(const Launch& launch)
         : launch_(launch), kernel_(*launch.kernel), random_(launch.seed), blocks_(size_t(launch.size)) {
+        if (launch.threads % kWarp != 0)
+            fail("a block of " + std::to_string(launch.threads) + " threads: no whole warps");
         for (Block& block : blocks_) {
+            block.overlapping = launch.overlapping;
             block.cluster = &blocks_;
             block.warps.resize(size_t(launch.threads) / kWarp);
             block.shared.resize(size_t(kernel_.shared_bytes + 15) / 16 * 16 + size_t(launch.dynamic_shared));
@@ -182,6 +201,7 @@ class Machine {
         for (Warp& w : block.warps) {
             w.state = State::running;
             w.done = 0;
+            w.started = w.arrived = 0;
             w.alive = kAllLanes;
             w.waiting = 0;
             for (int l = 0; l < kWarp; ++l) w.at[l] = 0, w.copies[l].clear();
@@ -226,6 +246,9 @@ class Machine {
         std::vector<Warp*> warps;
         for (const size_t i : drawn_order(blocks_.size(), random_)) {
             run_block(blocks_[i]);
+            // Others may not read it any more: see to it that they do not read what they hope for.
+            if (blocks_[i].warps[0].state == State::done)
+                std::fill(blocks_[i].shared.begin(), blocks_[i].shared.end(), 0x5d);
             for (Warp& w : blocks_[i].warps) warps.push_back(&w);
         }
         if (!all_at(warps, State::at_cluster_barrier)) return false;
@@ -241,7 +264,7 @@ class Machine {
         if (first == nullptr) return false;
         for (const Warp* w : warps) {
             if (w->state != barrier) fail_in(*first, kernel_, "a barrier that others do not reach");
-            if (w->waits_at != first->waits_at) fail_in(*w, kernel_, "diverged: warps wait at different barriers");
+            if (w->now != first->now) fail_in(*w, kernel_, "diverged: warps wait at different barriers");
         }
         return true;
     }

@@ -1,9 +1,11 @@
 // Runs PTX, the code that nvcc makes for every GPU, on the CPU: what csrc/cuda becomes after nvcc's own half of
-// cuda/simt.cuh, which tests/simt replaces, and after its optimiser. Left untested is what ptxas and a card do.
+// cuda/simt.cuh, which tests/simt replaces, and after its optimiser.
 //
 // A warp's lanes run together while they stand at one instruction; those that lag behind go first. Results are those of
-// the PTX ISA, and where it leaves a choice, the one that hides least: NaNs of float arithmetic are 0x7fffffff as on
-// cards, copies happen when they are waited for, shared memory and registers start with arbitrary bits.
+// the PTX ISA; NaNs of fp32 arithmetic are 0x7fffffff as on cards, copies happen when they are waited for, shared
+// memory starts with arbitrary bits and has them again when its block is done. What it cannot show: races within a
+// warp, fences, blocks side by side (they run one after the other, in a drawn order), bounds of global memory. The
+// harness shows most of these; ptxas, the memory model and time need a card.
 #pragma once
 #include <stdint.h>
 
@@ -70,7 +72,8 @@ struct Launch {
     int threads;
     int64_t dynamic_shared;
     const void* parameters;
-    uint64_t seed;  // draws the order of blocks and warps
+    uint64_t seed;     // draws the order of blocks and warps
+    bool overlapping;  // earlier launches may still run: global memory is touched after griddepcontrol.wait
 };
 void run(const Launch& launch);
 

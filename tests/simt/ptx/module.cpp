@@ -25,13 +25,15 @@ PYBIND11_MODULE(prosocial_ptx, m) {
     m.def(
         "run",
         [](const std::string& text, int64_t blocks, int threads, const std::vector<uint64_t>& arguments, int size,
-           uint64_t seed) {
+           uint64_t seed, bool overlapping) {
             const auto kernels = pse::ptx::parse(text);
             const pse::ptx::Kernel& kernel = kernels.begin()->second;
-            pse::ptx::run({&kernel, blocks / size, size, threads, 0, arguments.data(), seed});
+            if (blocks % size != 0) pse::ptx::fail("blocks must be whole clusters");
+            pse::ptx::run({&kernel, blocks / size, size, threads, 0, arguments.data(), seed, overlapping});
         },
         py::arg("text"), py::arg("blocks"), py::arg("threads"), py::arg("arguments"), py::arg("size") = 1,
-        py::arg("seed") = 0, "the first kernel of a PTX file, whose parameters are all of 64 bits");
+        py::arg("seed") = 0, py::arg("overlapping") = false,
+        "the first kernel of a PTX file, whose parameters are all of 64 bits");
     py::module_ cuda = m.def_submodule("cuda", "what prosocial_ext._C.cuda has");
     pse::register_cuda(cuda);
 }

@@ -2,7 +2,9 @@
 #include <ctype.h>
 #include <stdlib.h>
 
+#include <algorithm>
 #include <stdexcept>
+#include <utility>
 
 #include "lanes.h"
 
@@ -33,18 +35,19 @@ std::string trimmed(const std::string& text) {
 struct Variable {
     std::string name;
     int64_t alignment, size;
-    bool open;  // extern: as much as the launch says
+    bool open;             // extern: as much as the launch says
+    uint64_t address = 0;  // of a table in global memory
 };
 // ".shared .align 16 .b8 name[64]", ".param .u64 name" and the like.
 Variable variable(const std::string& text) {
-    Variable v = {"", 0, 0, text.find("[]") != std::string::npos};
+    Variable v = {"", 0, 0, text.find("[]") != std::string::npos, 0};
     int64_t element = 0;
     const Words words = words_of(text);
     for (size_t i = 0; i < words.size(); ++i) {
         const std::string& word = words[i];
         if (word == ".align")
             v.alignment = atoll(words[++i].c_str());
-        else if (word == ".extern" || word == ".shared" || word == ".param" || word == ".visible")
+        else if (word == ".extern" || word == ".shared" || word == ".param" || word == ".visible" || word == ".global")
             continue;
         else if (word[0] == '.')
             element = atoll(word.c_str() + 2) / 8;  // .b8, .u64, .f32
@@ -60,6 +63,20 @@ int64_t placed(int64_t& end, const Variable& v) {
     const int64_t at = (end + v.alignment - 1) / v.alignment * v.alignment;
     end = at + v.size;
     return at;
+}
+
+// ".global .align 8 .b8 name[3] = {1, 2, 3}": its address, for as long as the process lives.
+uint64_t constant_table(const std::string& text, const Variable& v) {
+    static std::vector<std::vector<uint64_t>> kept;
+    const size_t values = text.find('=');
+    if (values == std::string::npos || text.find(".b8 ") == std::string::npos) fail("PTX not understood: " + text);
+    kept.emplace_back(size_t(v.size) / 8 + 1);
+    char* byte = reinterpret_cast<char*>(kept.back().data());
+    for (const std::string& word : words_of(text.substr(values + 1)))
+        for (const char* digits = word.c_str(); *digits != 0; ++digits)
+            if (isdigit(*digits) && (digits == word.c_str() || !isdigit(digits[-1]))) *byte++ = char(atoi(digits));
+    if (byte - reinterpret_cast<char*>(kept.back().data()) != v.size) fail("PTX not understood: " + text);
+    return uint64_t(kept.back().data());
 }
 
 class Body {  // of a kernel, while it is read
@@ -99,9 +116,12 @@ class Body {  // of a kernel, while it is read
             add_operands(in, text.substr(end));
         }
         decode(opcode, in);
-        kernel_.code.push_back(in);
+        kernel_.code.push_back(std::move(in));
     }
     void finish() {
+        const Instruction* last = kernel_.code.empty() ? nullptr : &kernel_.code.back();
+        if (last == nullptr || last->guard >= 0 || (last->control != Control::exit && last->control != Control::branch))
+            fail(kernel_.name + " has no end");
         for (const auto& jump : jumps_) {
             if (labels_.count(jump.second) == 0) fail("no label " + jump.second);
             kernel_.code[size_t(jump.first)].target = labels_[jump.second];
@@ -118,11 +138,14 @@ class Body {  // of a kernel, while it is read
             in.operands.push_back(operand(name.substr(0, plus)));
             name.clear();
         };
+        bool address = false;
         for (const char c : text) {
+            if (c == '+' && !address) fail("an offset outside of an address: " + in.text);
             if (isspace(c) || c == ',' || c == '{' || c == '}' || c == '[' || c == ']' || c == '|')
                 flush();
             else
                 name += c;
+            if (c == '[' || c == ']') address = c == '[';
         }
         flush();
     }
@@ -135,13 +158,19 @@ class Body {  // of a kernel, while it is read
         Preset preset = {r, Source::constant, 0};
         if (isdigit(name[0]) || name[0] == '-') {
             const bool real = name[0] == '0' && (name[1] == 'f' || name[1] == 'd');
-            preset.value = real             ? strtoull(name.c_str() + 2, nullptr, 16)
-                           : name[0] == '-' ? uint64_t(strtoll(name.c_str(), nullptr, 0))
-                                            : strtoull(name.c_str(), nullptr, 0);
+            char* end = nullptr;
+            preset.value = real             ? strtoull(name.c_str() + 2, &end, 16)
+                           : name[0] == '-' ? uint64_t(strtoll(name.c_str(), &end, 0))
+                                            : strtoull(name.c_str(), &end, 0);
+            if (*end != 0) fail("a number not understood: " + name);
         } else if (name[0] != '%') {
             if (symbols_.count(name) == 0) {
                 if (of_file_.count(name) == 0) fail("no symbol " + name);
-                add_shared(of_file_.at(name));
+                const Variable& v = of_file_.at(name);
+                if (v.address != 0)
+                    symbols_[name] = {0, Source::constant, v.address};
+                else
+                    add_shared(v);
             }
             preset = symbols_[name];
             preset.at = r;
@@ -159,7 +188,11 @@ class Body {  // of a kernel, while it is read
             preset.source = Source::size;
         } else {
             const size_t digits = name.find_first_of("0123456789");
-            if (name != "%tmp" && (digits == std::string::npos || digits > 3))
+            const bool plain =
+                digits != std::string::npos && name.find_first_not_of("0123456789", digits) == std::string::npos;
+            static const std::string kinds[] = {"%p", "%rs", "%r", "%rd", "%f", "%fd"};
+            if (name != "%tmp" &&
+                (!plain || std::count(std::begin(kinds), std::end(kinds), name.substr(0, digits)) == 0))
                 fail("the special register " + name + " is not known to tests/simt/ptx/parse.cpp");
             return r;
         }
@@ -168,7 +201,7 @@ class Body {  // of a kernel, while it is read
     }
 
     Kernel& kernel_;
-    const std::map<std::string, Variable>& of_file_;  // shared memory that several kernels name
+    const std::map<std::string, Variable>& of_file_;  // shared memory and tables that several kernels name
     std::map<std::string, Preset> symbols_;
     std::map<std::string, int> registers_, labels_;
     std::vector<std::pair<int, std::string>> jumps_;
@@ -210,7 +243,12 @@ std::map<std::string, Kernel> parse(const std::string& source) {
         }
         const bool entry = text.compare(i, 6, ".entry") == 0 || text.compare(i, 15, ".visible .entry") == 0;
         if (!entry) {
-            const Variable v = variable(until(";"));
+            const std::string declared = until(";");
+            Variable v = variable(declared.substr(0, declared.find('=')));
+            if (declared.compare(0, 7, ".global") == 0)
+                v.address = constant_table(declared, v);
+            else if (declared.find(".shared") == std::string::npos)
+                fail("PTX not understood: " + declared);
             of_file[v.name] = v;
             continue;
         }
@@ -226,6 +264,8 @@ std::map<std::string, Kernel> parse(const std::string& source) {
         }
         const std::string directives = until("{");
         const size_t most = directives.find(".maxntid");
+        for (const char* other : {".reqntid", ".reqnctapercluster", ".explicitcluster"})
+            if (directives.find(other) != std::string::npos) fail("PTX not understood: " + directives);
         if (most != std::string::npos) kernel.most_threads = atoi(directives.c_str() + most + 8);
         // Braces of a scope stand alone; those of vectors are within a statement.
         for (int depth = 1; depth > 0;) {

@@ -45,7 +45,7 @@ struct Module {
 struct Entry {
     Module* module;
     std::string name;
-    int64_t dynamic_shared = 48 << 10;  // what a launch may ask for, beside what the kernel has
+    std::map<int, int64_t> dynamic_shared;  // by device: what a launch may ask for, beside what the kernel has
 };
 std::map<const void*, Entry>& entries() {
     static std::map<const void*, Entry> map;
@@ -58,7 +58,7 @@ std::vector<std::unique_ptr<Module>>& modules() {
 
 Entry& entry(const void* function) {
     const auto found = entries().find(function);
-    if (found == entries().end()) fail("a launch of what is not a kernel");
+    if (found == entries().end()) fail("a function that is not a kernel");
     return found->second;
 }
 constexpr int kDevices = int(sizeof kCapabilities / sizeof kCapabilities[0]);
@@ -74,7 +74,7 @@ std::pair<int, const Kernel*> code(const Entry& e) {
     if (kernels.empty()) kernels = parse(text->second);
     return {text->first, &kernels.at(e.name)};
 }
-int64_t most_shared(int capability) { return capability >= 90 ? 227 << 10 : 163 << 10; }
+int64_t most_shared(int capability) { return capability >= 90 ? 227 << 10 : capability >= 80 ? 163 << 10 : 64 << 10; }
 
 }  // namespace
 }  // namespace ptx
@@ -95,6 +95,7 @@ void** __cudaRegisterFatBinary(void* address) {
     const char* const end = at + images.bytes;
     for (Image image; at < end; at += image.header_bytes + image.bytes) {
         memcpy(&image, at, sizeof image);
+        if (image.kind == 1 && image.compressed_bytes != 0) fail("compressed PTX: compile with --no-compress");
         if (image.kind == 1)
             m.texts[int(image.architecture)] = std::string(at + image.header_bytes, image.bytes).c_str();
     }
@@ -104,7 +105,7 @@ void __cudaRegisterFatBinaryEnd(void**) {}
 void __cudaUnregisterFatBinary(void**) {}
 void __cudaRegisterFunction(void** module, const char* function, char*, const char* name, int, void*, void*, void*,
                             void*, int*) {
-    entries()[function] = {reinterpret_cast<Module*>(module), name};
+    entries()[function] = {reinterpret_cast<Module*>(module), name, {}};
 }
 // Of launches by <<< >>>, which no kernel here has; CUDA 12 and 13 name different ones.
 unsigned __cudaPopCallConfiguration(dim3*, dim3*, size_t*, void*) { return unsigned(cudaErrorNotSupported); }
@@ -131,6 +132,7 @@ cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t)
     return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int index) {
+    if (index < 0 || index >= kDevices) return cudaErrorInvalidDevice;
     const int capability = kCapabilities[index];
     if (attribute == cudaDevAttrComputeCapabilityMajor)
         *value = capability / 10;
@@ -157,15 +159,16 @@ cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribu
     if (kernel == nullptr) return cudaErrorNoKernelImageForDevice;
     if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaErrorInvalidValue;
     if (value < 0 || kernel->shared_bytes + value > most_shared(capability())) return cudaErrorInvalidValue;
-    e.dynamic_shared = value;
+    e.dynamic_shared[current_device] = value;
     return cudaSuccess;
 }
 
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function, void** arguments) {
-    const Entry& e = entry(function);
+    Entry& e = entry(function);
     const Kernel* kernel = code(e).second;
     if (kernel == nullptr) return cudaErrorNoKernelImageForDevice;
     int size = 1;
+    bool overlapping = false;
     for (unsigned i = 0; i < config->numAttrs; ++i) {
         const cudaLaunchAttribute& attribute = config->attrs[i];
         if (capability() < 90) return cudaErrorNotSupported;  // both kinds came with 9.0
@@ -173,7 +176,9 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* fu
             const auto& dim = attribute.val.clusterDim;
             size = int(dim.x);
             if (dim.y != 1 || dim.z != 1 || size < 1 || size > 8) return cudaErrorInvalidClusterSize;
-        } else if (attribute.id != cudaLaunchAttributeProgrammaticStreamSerialization) {
+        } else if (attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization) {
+            overlapping = attribute.val.programmaticStreamSerializationAllowed != 0;
+        } else {
             return cudaErrorNotSupported;
         }
     }
@@ -183,13 +188,15 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* fu
     if (block.x == 0 || block.x % 32 != 0 || int(block.x) > kernel->most_threads || block.y != 1 || block.z != 1)
         return cudaErrorInvalidConfiguration;
     const int64_t dynamic = int64_t(config->dynamicSmemBytes);
-    if (dynamic > e.dynamic_shared || kernel->shared_bytes + dynamic > most_shared(capability()))
-        return cudaErrorInvalidValue;
+    const auto asked = e.dynamic_shared.find(current_device);
+    const int64_t most = asked != e.dynamic_shared.end() ? asked->second : (48 << 10) - kernel->shared_bytes;
+    if (dynamic > most || kernel->shared_bytes + dynamic > most_shared(capability())) return cudaErrorInvalidValue;
     std::vector<uint64_t> parameters(size_t(kernel->parameter_bytes) / 8 + 1);
     for (size_t i = 0; i < kernel->parameters.size(); ++i)
         memcpy(reinterpret_cast<char*>(parameters.data()) + kernel->parameters[i].offset, arguments[i],
                size_t(kernel->parameters[i].size));
-    run({kernel, int64_t(grid.x) / size, size, int(block.x), dynamic, parameters.data(), seed + uint64_t(launches)});
+    run({kernel, int64_t(grid.x) / size, size, int(block.x), dynamic, parameters.data(), seed + uint64_t(launches),
+         overlapping});
     ++launches;
     return cudaSuccess;
 }

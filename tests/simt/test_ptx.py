@@ -277,6 +277,7 @@ WRONG = {
     ),
     "shared memory beyond the end": ("ld.shared.u32 %r3, [tile+4096];", "shared memory at 4096 of 4096 bytes"),
     "a crooked vector": ("st.shared.v4.u32 [tile+8], {1, 1, 1, 1};", "an access of 16 bytes at an address"),
+    "not a member": ("bar.warp.sync -2;", "a collective of a lane that is not a member"),
     "a wait for a cluster without an arrival": (
         "barrier.cluster.wait;",
         "a cluster barrier that lanes have not arrived at",

@@ -30,8 +30,10 @@ void meet(Warp& w, const Kernel& kernel, int at) {
     uint32_t there = 0;
     each(w.waiting, [&](int l) { there |= uint32_t(w.at[l] == at) << l; });
     for (uint32_t left = there; left != 0;) {
-        const uint32_t wanted = members(w, in, __builtin_ctz(left));
+        const int lane = __builtin_ctz(left);
+        const uint32_t wanted = members(w, in, lane);
         left &= left - 1;
+        if ((wanted >> lane & 1) == 0) fail("a collective of a lane that is not a member");
         if ((wanted & ~w.alive) != 0) fail("a collective that lanes which have left the kernel cannot reach");
         if ((wanted & ~there) != 0) continue;
         each(wanted, [&](int l) {

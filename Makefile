@@ -12,6 +12,7 @@ ARCHS  ?= 80-real;90-real;90-virtual
 
 BIN      := $(VENV)/bin
 PY       := $(BIN)/python
+PYTEST   := $(PY) -m pytest -n $(WORKERS) --maxprocesses 4 --dist worksteal
 # Stamps carry what they stand for in their names, so that another value makes them anew.
 MADE     := $(VENV)/.made-by-$(subst /,_,$(PYTHON))
 TORCHED  := $(VENV)/.torch-$(TORCH)
@@ -30,10 +31,10 @@ demo: build ## run the demonstration
 	$(BIN)/prosocial demo
 
 test: build ## run the tests (TESTS=path for a part, WORKERS=0 for one process)
-	$(PY) -m pytest -n $(WORKERS) --maxprocesses 4 --dist worksteal $(TESTS)
+	$(PYTEST) $(TESTS)
 
 ptx: build ## run the CUDA kernels' tests on the PTX that nvcc makes of them
-	PROSOCIAL_TEST_KERNELS=ptx $(PY) -m pytest -n $(WORKERS) --maxprocesses 4 --dist worksteal tests/simt
+	PROSOCIAL_TEST_KERNELS=ptx $(PYTEST) tests/simt
 
 build: $(EQUIPPED) ## compile what changed and install it in place
 	PROSOCIAL_CUDA_ARCHS='$(ARCHS)' $(PY) -m pip install -qq --no-build-isolation --editable .
@@ -61,7 +62,7 @@ sanitize: build ## run the kernels' tests under the address and undefined-behavi
 	PROSOCIAL_TEST_ISA="$$($(PY) -c 'import prosocial_ext._C as c; print(c.available_isas()[-1])')" \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  $(PY) -m pytest -n $(WORKERS) --maxprocesses 4 --dist worksteal $(SANITIZE_TESTS) --capture=sys -o pythonpath='build/sanitize/site .' \
+	  $(PYTEST) $(SANITIZE_TESTS) --capture=sys -o pythonpath='build/sanitize/site .' \
 	  -m 'not slow' -k 'not ([reference or -reference)'
 
 clean: ## remove what was built (.venv stays)

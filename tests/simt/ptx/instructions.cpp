@@ -371,33 +371,29 @@ char* address(Warp& w, In in, int operand, int lane, int bytes) {
         fail("an access of " + std::to_string(bytes) + " bytes at an address that is not a multiple of it");
     return memory;
 }
-template <class T, Space kSpace, int kCount>
-void load(Warp& w, In in, uint32_t lanes) {
-    using Filling = std::conditional_t<std::is_floating_point<T>::value, T,
-                                       std::conditional_t<std::is_signed<T>::value, int64_t, T>>;
-    each(lanes, [&](int l) {
-        T values[kCount];
-        memcpy(values, address<kSpace>(w, in, kCount, l, int(sizeof values)), sizeof values);
-        for (int i = 0; i < kCount; ++i) w.set(in.operands[size_t(i)], l, Filling(values[i]));
-    });
-}
-template <class T, Space kSpace, int kCount>
-void store(Warp& w, In in, uint32_t lanes) {
-    each(lanes, [&](int l) {
-        T values[kCount];
-        for (int i = 0; i < kCount; ++i) values[i] = w.get<T>(in.operands[size_t(i) + 1], l);
-        memcpy(address<kSpace>(w, in, 0, l, int(sizeof values)), values, sizeof values);
-    });
-}
 template <Space kSpace, int kCount>
 struct Memory {
     template <class T>
     struct Load {
-        static void run(Warp& w, In in, uint32_t lanes) { load<T, kSpace, kCount>(w, in, lanes); }
+        using Filling = std::conditional_t<std::is_floating_point<T>::value, T,
+                                           std::conditional_t<std::is_signed<T>::value, int64_t, T>>;
+        static void run(Warp& w, In in, uint32_t lanes) {
+            each(lanes, [&](int l) {
+                T values[kCount];
+                memcpy(values, address<kSpace>(w, in, kCount, l, int(sizeof values)), sizeof values);
+                for (int i = 0; i < kCount; ++i) w.set(in.operands[size_t(i)], l, Filling(values[i]));
+            });
+        }
     };
     template <class T>
     struct Store {
-        static void run(Warp& w, In in, uint32_t lanes) { store<T, kSpace, kCount>(w, in, lanes); }
+        static void run(Warp& w, In in, uint32_t lanes) {
+            each(lanes, [&](int l) {
+                T values[kCount];
+                for (int i = 0; i < kCount; ++i) values[i] = w.get<T>(in.operands[size_t(i) + 1], l);
+                memcpy(address<kSpace>(w, in, 0, l, int(sizeof values)), values, sizeof values);
+            });
+        }
     };
     template <template <class> class Op>
     static Run of(const std::string& type) {
@@ -640,9 +636,9 @@ Run converts(const std::vector<std::string>& parts) {
     return rounding == wanted && !(float_to && to == from) ? conversion(to, from) : nullptr;
 }
 // ld, st: a space or none, which is a generic address; one, two or four elements.
-Run reads_or_writes(std::vector<std::string> parts) {
+Run reads_or_writes(const std::vector<std::string>& parts) {
     const bool stores = parts[0] == "st";
-    const std::string type = parts.back();
+    const std::string& type = parts.back();
     std::string space;
     int count = 1;
     size_t i = 1;
@@ -684,10 +680,9 @@ size_t operands_of(const std::vector<std::string>& parts) {
 
 Run runs(const std::vector<std::string>& parts) {
     const std::string &name = parts[0], &type = parts.back();
-    if (parts.size() < 2) return nullptr;
     if (name == "ld" || name == "st") return reads_or_writes(parts);
     if (name == "atom" || name == "red") return changes(parts);
-    if (name == "cvt") return parts.size() < 3 ? nullptr : converts(parts);
+    if (name == "cvt") return converts(parts);
     if (name == "setp") return parts.size() == 3 ? comparison(parts[1], type) : nullptr;
     if (parts.size() > 3) return nullptr;
     const std::string whole = parts.size() == 3 ? name + "." + parts[1] : name;

@@ -9,8 +9,6 @@
 namespace pse {
 namespace ptx {
 
-int64_t instructions = 0;
-
 namespace {
 
 constexpr int64_t kMost = 1 << 28;  // instructions of a warp: minutes
@@ -87,7 +85,6 @@ void advance(Warp& w, const Kernel& kernel) {
         for (bool together = true; together;) {
             const Instruction& in = kernel.code[size_t(pc)];
             w.now = pc;
-            ++instructions;
             if (++w.done == kMost) fail("it does not come to an end");
             uint32_t taking = lanes;
             if (in.guard >= 0) {

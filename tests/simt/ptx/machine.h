@@ -77,7 +77,5 @@ struct Launch {
 };
 void run(const Launch& launch);
 
-extern int64_t instructions;  // that warps have run so far
-
 }  // namespace ptx
 }  // namespace pse

@@ -19,9 +19,7 @@ PYBIND11_MODULE(prosocial_ptx, m) {
         py::arg("seed"), "how the next launches run");
     m.attr("capabilities") = std::vector<int>(std::begin(pse::ptx::kCapabilities), std::end(pse::ptx::kCapabilities));
     m.def("current_device", [] { return pse::ptx::current_device; });
-    m.def("counts", [] {
-        return py::dict(py::arg("launches") = pse::ptx::launches, py::arg("instructions") = pse::ptx::instructions);
-    });
+    m.def("counts", [] { return py::dict(py::arg("launches") = pse::ptx::launches); });
     m.def(
         "run",
         [](const std::string& text, int64_t blocks, int threads, const std::vector<uint64_t>& arguments, int size,

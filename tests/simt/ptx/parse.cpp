@@ -151,6 +151,9 @@ class Body {  // of a kernel, while it is read
     }
 
     int operand(const std::string& name) {
+        static const std::map<std::string, Source> special = {
+            {"%tid.x", Source::thread},    {"%ntid.x", Source::threads},       {"%ctaid.x", Source::block},
+            {"%nctaid.x", Source::blocks}, {"%cluster_ctarank", Source::rank}, {"%cluster_nctarank", Source::size}};
         const auto known = registers_.find(name);
         if (known != registers_.end()) return known->second;
         const int r = kernel_.registers++;
@@ -174,18 +177,8 @@ class Body {  // of a kernel, while it is read
             }
             preset = symbols_[name];
             preset.at = r;
-        } else if (name == "%tid.x") {
-            preset.source = Source::thread;
-        } else if (name == "%ntid.x") {
-            preset.source = Source::threads;
-        } else if (name == "%ctaid.x") {
-            preset.source = Source::block;
-        } else if (name == "%nctaid.x") {
-            preset.source = Source::blocks;
-        } else if (name == "%cluster_ctarank") {
-            preset.source = Source::rank;
-        } else if (name == "%cluster_nctarank") {
-            preset.source = Source::size;
+        } else if (special.count(name) != 0) {
+            preset.source = special.at(name);
         } else {
             const size_t digits = name.find_first_of("0123456789");
             const bool plain =

@@ -82,8 +82,8 @@ def project_conflicts(
         the pair of that and a `ProjectionStats`.
 
     Raises:
-        TypeError, ValueError: an argument is not of this form, or, on the CPU only, a gradient or weight is not finite
-            (on other devices the output is NaN and ``ProjectionStats.finite`` False).
+        TypeError, ValueError: an argument is not of this form, or a gradient or weight on the CPU is not finite (on
+            other devices the output is NaN and ``ProjectionStats.finite`` False).
 
     >>> project_conflicts(torch.tensor([[1.0, 0.0], [-1.0, 1.0]]))  # [0.5, 0.5] + [0, 1]
     tensor([0.5000, 1.5000])
@@ -101,6 +101,7 @@ def project_conflicts(
     if weights is None:
         weights = rows.new_ones(groups, k)
     check_weight_values(weights)
+    weights = weights.to(rows.device)
     active = weights != 0
     rows = torch.where(active[..., None], rows, 0)  # no part at all: as if zero, whose projections change nothing
     squared_norms = (rows * rows).sum(-1)
@@ -196,7 +197,8 @@ def check_grads(grads: Gradients) -> Form:
 def check_weights(weights: torch.Tensor | Sequence[float] | None, form: Form) -> torch.Tensor | None:
     """Return the weights as float64 [groups, k], values unchecked, or raise.
 
-    They are on the gradients' device (on the CPU for MPS, which has no float64).
+    They are on the CPU, where their values are checked without reading a device, or with the gradients (on the CPU for
+    MPS, which has no float64).
     """
     if weights is None:
         return None
@@ -214,7 +216,8 @@ def check_weights(weights: torch.Tensor | Sequence[float] | None, form: Form) ->
     if tuple(weights.shape) not in ((form.k,), shape):
         either = f"[{form.k}]" + (f" or {list(shape)}" if form.batch else "")
         check.fail("weights", f"have shape {either}", list(weights.shape), "One weight per objective.")
-    return weights.to(device).double().expand(shape).reshape(form.groups, form.k)
+    weights = weights if weights.device.type == "cpu" else weights.to(device)
+    return weights.double().expand(shape).reshape(form.groups, form.k)
 
 
 def _weight(name: str, value: Any) -> float:

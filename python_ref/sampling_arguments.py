@@ -48,7 +48,7 @@ def logits(base_logits: Any, guide_logits: Any, vocab_size: Any) -> Logits:
     if guide_logits is None:
         return Logits(base, None, vocab)
     guides = check.floating("guide_logits", guide_logits)
-    guides = guides[None] if guides.dim() == 2 else guides
+    guides = guides.unsqueeze(0) if guides.dim() == 2 else guides
     if guides.dim() != 3 or guides.shape[1] != rows:
         rule = f"have shape [B, V] or [G, B, V] with B = {rows}, as base_logits"
         check.fail("guide_logits", rule, check.describe(guide_logits))
@@ -74,7 +74,7 @@ def guidance(value: Any, rows: int, guides: int, stacked: bool, device: torch.de
     checked = check.values("guidance", value, device)
     expected = (guides,) if stacked else (rows,)
     if checked.dim() == 0 or tuple(checked.shape) in (expected, (rows, guides)):
-        shaped = checked[:, None] if checked.dim() == 1 and not stacked else checked
+        shaped = checked.unsqueeze(1) if checked.dim() == 1 and not stacked else checked
         return shaped.to(torch.float32).to(device).expand(rows, guides)
     check.fail(
         "guidance",

@@ -58,7 +58,8 @@ def topm_subtract_(
         importance: One tensor per param (float32, float16 or bfloat16, finite, >= 0): entries are ranked by
             abs(fl(delta * importance)) instead of abs(delta).
         undo: Keep what `TopmEdit.revert_` needs.
-        check_finite: Raise, and leave params as they were, if a delta is NaN or Inf. False leaves such entries out.
+        check_finite: Raise, and leave params as they were, if a delta is NaN or Inf; on CUDA the call waits for that,
+            and a graph cannot capture it. False leaves such entries out, and waits for nothing.
 
     Returns:
         A `TopmEdit`; its tensors are on the params' device.
@@ -67,7 +68,8 @@ def topm_subtract_(
         ValueError: Arguments that do not fit together, overlapping params, a delta that is not finite.
         TypeError: An argument or dtype of the wrong type.
         RuntimeError: ``check_finite=False`` without ``undo`` on the CPU, ``check_finite=True`` with ``undo`` on CUDA:
-            the sampled bracket missed (probability below 1e-30) and params are spoilt.
+            the sampled bracket missed (probability below 1e-30) and params are spoilt. ``check_finite=True`` while a
+            CUDA graph is captured.
 
     >>> params = torch.tensor([1.0, 2.0, 3.0])
     >>> edit = topm_subtract_(params, torch.zeros(3), torch.tensor([0.5, -4.0, 0.25]), m=2)
@@ -97,6 +99,8 @@ def topm_select(
     importance: Tensors | None = None,
 ) -> SparseDelta:
     """Return the entries of ``tuned - base`` of largest score; arguments as in `topm_subtract_`.
+
+    On CUDA the call waits for the device, to know that the delta is finite; a graph cannot capture it.
 
     Returns:
         A `SparseDelta` of exactly m entries.

@@ -8,7 +8,7 @@ import torch
 
 from prosocial_ext import _C
 
-__all__ = ["checked", "compiled", "launchers", "target"]
+__all__ = ["checked", "compiled", "launchers", "refuse_capture", "target"]
 
 # Tests put the kernels' twin on host memory here (tests/simt); the implementations then run on CPU tensors.
 launchers: Any = getattr(_C, "cuda", None)
@@ -46,3 +46,13 @@ def checked(error: int) -> None:
     raise RuntimeError(
         f"a CUDA launch of prosocial_ext failed with cudaError_t {error}; run with CUDA_LAUNCH_BLOCKING=1"
     )
+
+
+def refuse_capture(tensor: torch.Tensor, what: str, remedy: str) -> None:
+    """Raise inside the capture of a CUDA graph, for a call that waits for the device of ``tensor``.
+
+    Raises:
+        RuntimeError: the current stream is being captured.
+    """
+    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"{what}, which a CUDA graph cannot capture. {remedy}")

@@ -47,14 +47,20 @@ class _Call:
             setattr(self.arguments, name, value)
 
     def on_device(self, words: torch.Tensor) -> torch.Tensor:
-        """Return a copy of int64 ``words``, which are on the CPU.
+        """Return a copy of ``words``, which are on the CPU and have 8 bytes each.
 
-        They travel as kernel arguments: a copy from pinned memory would have to outlive every replay of a graph, and
-        some versions of torch cannot pin memory during a capture (pytorch#146924).
+        They travel as kernel arguments: a copy from pageable memory would wait for the stream, one from pinned memory
+        would have to outlive every replay of a graph, and some versions of torch cannot pin memory during a capture
+        (pytorch#146924).
         """
-        there = self.new(words.shape, torch.int64)
+        there = self.new(words.shape, words.dtype)
         self.launch("projection_table", words.data_ptr(), words.numel(), there.data_ptr())
         return there
+
+    def rows_on_device(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return a copy of ``rows`` [groups, k]; what all groups have in common travels once."""
+        own = rows if rows.stride(0) else rows[:1]
+        return self.on_device(own.contiguous()).expand_as(rows).contiguous()
 
     def launch(self, name: str, *arguments: Any) -> None:
         """Call a launcher on torch's current stream."""
@@ -129,15 +135,25 @@ def _run(
     projected, finite = call.new((groups, k, k), torch.float64), call.new((groups,), torch.bool)
     call.set(projected=projected, finite=finite, mode=_MODE[mode], seed=seed, mean=reduction == "mean")
     if weights is not None:
-        weights = weights.detach().contiguous()
+        reference.check_weight_values(weights)
+        weights = weights.detach()
+        weights = weights.contiguous() if weights.device == call.like.device else call.rows_on_device(weights)
         call.set(weights=weights)
     if order is not None and k > 1:
+        what = "project_conflicts reads an order on the device back"
+        _cuda.refuse_capture(order, what, "Pass it on the CPU, or order='random' or 'fixed'.")
         others = reference.check_order_values(order, k).flatten()
         packed = torch.zeros(-(-others.numel() // 4) * 4, dtype=torch.int16, device="cpu")
         packed[: others.numel()] = others
         call.set(order=call.on_device(packed.view(torch.int64)))
     call.launch("project", call.arguments)
     return _gram_stats.stats(form, call.gram, projected, weights, finite) if stats else []
+
+
+def _refuse_capture_of_reference(like: torch.Tensor, k: int) -> None:
+    most = _cuda.launchers.projection_most_objectives
+    what = f"project_conflicts of {k} objectives runs the reference, which waits for the device"
+    _cuda.refuse_capture(like, what, f"Pass at most {most}, or project before the capture.")
 
 
 def project(
@@ -149,9 +165,10 @@ def project(
     reduction: str,
     stats: bool,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Project the gradients [..., k, N]; an explicit order on the device is read back, nothing else is."""
+    """Project the gradients [..., k, N]. Up to 256 nothing is read back but an explicit order on the device."""
     k = grads.shape[-2]
     if k > _cuda.launchers.projection_most_objectives:
+        _refuse_capture_of_reference(grads, k)
         return _elsewhere()._project_elsewhere(grads, weights, order, mode, seed, reduction, stats)
     call = _dense(grads)
     form = Form(None, [], False, tuple(grads.shape[:-2]), k, grads.device)
@@ -173,6 +190,7 @@ def project_lists(
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Project k lists of tensors, given one after the other, each list as one long vector."""
     if k > _cuda.launchers.projection_most_objectives:
+        _refuse_capture_of_reference(grads[0], k)
         return _elsewhere()._project_lists_elsewhere(grads, k, nested, weights, order, mode, seed, reduction, stats)
     out = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in grads[: len(grads) // k]]
     call = _lists(grads, k, out)

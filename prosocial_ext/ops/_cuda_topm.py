@@ -36,7 +36,8 @@ def subtract_cuda(
     Synchronises where ``check_finite`` is True, and not otherwise.
     """
     if check_finite:
-        _refuse_capture(params[0], "topm_subtract_ with check_finite=True", "Pass check_finite=False.")
+        what = "topm_subtract_ with check_finite=True reads a flag back"
+        _cuda.refuse_capture(params[0], what, "Pass check_finite=False.")
     size = sum(m) if undo else 0
     one_pass = size > 0 or (not check_finite and may_edit_while_looking(params, base, tuned, scale))
     prepared = _Prepared(params, base, tuned, importance, m, per_tensor, scale, one_pass=one_pass, hooks=hooks)
@@ -61,7 +62,7 @@ def select_cuda(
     hooks: int = 0,
 ) -> tuple[Tensor, ...]:
     """Implement ``topm_select`` on CUDA. Synchronises: a selection has exactly m entries, or is refused."""
-    _refuse_capture(base[0], "topm_select", "Select before the capture.")
+    _cuda.refuse_capture(base[0], "topm_select reads a flag back", "Select before the capture.")
     prepared = _Prepared(None, base, tuned, importance, m, per_tensor, 1.0, one_pass=False, hooks=hooks)
     indices, values = prepared.record(sum(m), prepared.threshold.dtype)
     prepared.settle()
@@ -200,8 +201,3 @@ def _blocks(tensor: Tensor) -> int:
     if not tensor.is_cuda:
         return 4 * BLOCKS
     return BLOCKS * int(torch.cuda.get_device_properties(tensor.device).multi_processor_count)
-
-
-def _refuse_capture(tensor: Tensor, what: str, remedy: str) -> None:
-    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(f"{what} reads a flag back, which a CUDA graph cannot capture. {remedy}")

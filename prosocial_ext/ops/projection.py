@@ -87,8 +87,10 @@ def project_conflicts(
         the pair of that and a `ProjectionStats`.
 
     Raises:
-        TypeError, ValueError: an argument is not of this form, or, on the CPU and MPS, a gradient or weight is not
-            finite (on other devices the output is NaN and ``ProjectionStats.finite`` False).
+        TypeError, ValueError: an argument is not of this form, or a gradient or weight on the CPU or MPS is not finite
+            (on other devices the output is NaN and ``ProjectionStats.finite`` False).
+        RuntimeError: a CUDA graph is being captured, and an explicit order on the device is to be read, or the
+            reference to run, as it does there for more than 256 objectives. Nothing else waits for the device.
 
     >>> project_conflicts(torch.tensor([[1.0, 0.0], [-1.0, 1.0]]))  # [0.5, 0.5] + [0, 1]
     tensor([0.5000, 1.5000])

@@ -223,7 +223,7 @@ def guided_sample(
         arguments.knob(name, value, rows, device, torch.int64)
         for name, value in (("top_k", top_k), ("seed", seed), ("offset", offset))
     ]
-    knobs = torch.cat([heat[:, None], nucleus[:, None], floor[:, None], strength], dim=1)
+    knobs = torch.cat([heat.unsqueeze(1), nucleus.unsqueeze(1), floor.unsqueeze(1), strength], dim=1)
     counters = torch.stack(whole, dim=1)
     row_in_counter = not arguments.per_row(seed)
     tokens, logprobs = _sample_rows(
@@ -367,7 +367,7 @@ def guided_logprobs(
     strength = arguments.guidance(guidance, rows, logits.num_guides, stacked, device)
     heat = arguments.knob("temperature", temperature, rows, device, torch.float32)
     arguments.refuse_forward_mode(base_logits, guide_logits)
-    knobs = torch.cat([heat[:, None], strength], dim=1)
+    knobs = torch.cat([heat.unsqueeze(1), strength], dim=1)
     functional = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
     call = _FunctionalLogProbs.apply if functional else _logprobs
     return call(base_logits, guide_logits, knobs, logits.vocab_size)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from prosocial_ext import ops, reference
-from prosocial_ext.ops import _cuda_projection
+from prosocial_ext.ops import _cuda, _cuda_projection
 from prosocial_ext.ops import projection as compiled
 from tests.asserts import assert_same_bits
 from tests.ops import test_projection as laws
@@ -304,7 +304,8 @@ def test_a_bad_gradient_spoils_its_group_alone(on_cuda, k, dtype, bad):
 
 @pytest.mark.parametrize("bad", [-1.0, math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("k", [3, 18])
-def test_a_bad_weight_spoils_its_group_alone(on_cuda, k, bad):
+def test_a_bad_weight_spoils_its_group_alone(on_cuda, k, bad, monkeypatch):
+    monkeypatch.setattr(reference.projection, "check_weight_values", lambda weights: None)  # as on a device
     grads, weights = gradients(2, k, 5), torch.ones(2, k)
     expected = on_cuda.project_conflicts(grads)
     weights[0, 1] = bad
@@ -341,6 +342,42 @@ def test_flags_and_statistics_are_those_of_the_reference(on_cuda, monkeypatch):
     assert_same_bits(stats.conflicts, wanted.conflicts)
     torch.testing.assert_close(out, expected, equal_nan=True)
     torch.testing.assert_close(stats.cosines, wanted.cosines, equal_nan=True, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("groups", [0, 1, 300])
+def test_weights_on_the_cpu_travel_as_arguments(simt, groups):
+    """No copy between devices: it would wait for the stream. What all groups share travels once."""
+    call = _cuda_projection._dense(gradients(groups, 3, 4))
+    own = gradients(groups, 3).double()
+    assert_same_bits(call.rows_on_device(own), own)
+    shared = torch.tensor([0.5, 0.0, 2.0], dtype=torch.float64).expand(groups, 3)
+    before = simt.counts()["launches"]
+    assert_same_bits(call.rows_on_device(shared), shared)
+    assert simt.counts()["launches"] - before == (groups > 0)
+
+
+def test_a_bad_weight_on_the_cpu_raises(on_cuda):
+    with pytest.raises(ValueError, match=r"weights\[1\] must be finite and >= 0, got -1"):
+        on_cuda.project_conflicts(gradients(2, 5), weights=[1.0, -1.0])
+
+
+@pytest.mark.parametrize(("order", "k", "message"), [
+    (torch.tensor([[1, 0], [1, 0]]), 2, r"reads an order on the device back, .* Pass it on the CPU, or order='random'"),
+    ("random", 257, "of 257 objectives runs the reference, which waits for the device, .* Pass at most 256"),
+])  # fmt: skip
+@pytest.mark.parametrize("form", [torch.Tensor, list])
+def test_inside_a_capture_what_waits_is_refused(simt, order, k, message, form, monkeypatch):
+    knobs = (None, order if isinstance(order, torch.Tensor) else None, "fixed", 0, "sum", False)
+    grads = gradients(k, 4)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(_cuda, "target", lambda tensor: (0, 0))
+    project, arguments = {
+        torch.Tensor: (_cuda_projection.project, (grads,)),
+        list: (_cuda_projection.project_lists, (list(grads), k, False)),
+    }[form]
+    with pytest.raises(RuntimeError, match=message):
+        project(*arguments, *knobs)
 
 
 def test_an_order_that_is_no_permutation_raises_before_any_launch(on_cuda, simt):

@@ -152,6 +152,10 @@ def guided_sample(
 
     Guarantees: the same token on every device, instruction set and thread count; one 64-bit Philox word per row.
 
+    The compiled op on CUDA waits for nothing, so a row that would raise gives token -1 and log-prob NaN there, which
+    ``raise_if_bad`` words. Values per row are read where they lie on the device; from the CPU they are copied, which
+    waits for the stream and cannot be captured in a graph.
+
     >>> base = torch.tensor([[1.0, 3.0, 2.0]])
     >>> guide = torch.tensor([[5.0, 0.0, 0.0]])
     >>> guided_sample(base, guide, guidance=1.0, temperature=0.0)

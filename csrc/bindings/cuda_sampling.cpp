@@ -1,6 +1,8 @@
 #include <pybind11/stl.h>
 
+#include <array>
 #include <tuple>
+#include <utility>
 
 #include "bindings/cuda.h"
 #include "cuda/sampling.h"
@@ -28,6 +30,22 @@ cuda::Logits cuda_logits(const CudaView& base, const CudaView& guide, int64_t gu
     return logits;
 }
 
+// In the order of cuda::Knobs: (value in all rows), and (address, stride) of those that are per row.
+using Same = std::tuple<float, float, float, float, int64_t, int64_t, int64_t>;
+using PerRow = std::array<std::pair<uintptr_t, int64_t>, 7>;
+
+cuda::Knobs knobs_of(const Same& same) {
+    return std::apply([](auto... values) { return cuda::Knobs{values...}; }, same);
+}
+
+cuda::KnobsPerRow knobs_of(const PerRow& rows) {
+    const auto real = [&](int i) { return cuda::PerRow<float>{pointer<const float>(rows[i].first), rows[i].second}; };
+    const auto whole = [&](int i) {
+        return cuda::PerRow<int64_t>{pointer<const int64_t>(rows[i].first), rows[i].second};
+    };
+    return {real(0), real(1), real(2), real(3), whole(4), whole(5), whole(6)};
+}
+
 int sampled(const cuda::SampleArgs& args, bool clusters, int device, void* stream) {
     return clusters ? cuda::guided_sample_in_clusters(args, device, stream) : cuda::guided_sample(args, device, stream);
 }
@@ -48,7 +66,7 @@ void pse::register_cuda_sampling(py::module_& m) {
            uintptr_t tokens, uintptr_t scratch, bool clusters, int threads, int device, uintptr_t stream) {
             cuda::SampleArgs args = {};
             args.logits = cuda_logits(base, guide, guides, rows, vocab);
-            args.same = {guidance, temperature, top_p, min_p, top_k, seed, offset};
+            args.same = {temperature, top_p, min_p, guidance, top_k, seed, offset};
             args.row_in_counter = true;
             args.filters = filters;
             args.tokens = pointer<int64_t>(tokens);
@@ -63,15 +81,15 @@ void pse::register_cuda_sampling(py::module_& m) {
         "one set of parameters for all rows (csrc/cuda/sampling.h)");
     m.def(
         "guided_sample_rows",
-        [](const CudaView& base, const CudaView& guide, int64_t guides, int64_t rows, int64_t vocab, uintptr_t knobs,
-           uintptr_t counters, bool row_in_counter, uintptr_t words, uintptr_t tokens, uintptr_t logprobs,
-           uintptr_t scratch, bool clusters, int threads, int device, uintptr_t stream) {
+        [](const CudaView& base, const CudaView& guide, int64_t guides, int64_t rows, int64_t vocab, const Same& same,
+           const PerRow& per_row, bool row_in_counter, bool filters, uintptr_t words, uintptr_t tokens,
+           uintptr_t logprobs, uintptr_t scratch, bool clusters, int threads, int device, uintptr_t stream) {
             cuda::SampleArgs args = {};
             args.logits = cuda_logits(base, guide, guides, rows, vocab);
-            args.knobs = pointer<const float>(knobs);
-            args.counters = pointer<const int64_t>(counters);
+            args.same = knobs_of(same);
+            args.rows = knobs_of(per_row);
             args.row_in_counter = row_in_counter;
-            args.filters = true;  // what the rows ask for is on the device
+            args.filters = filters;
             args.words = pointer<const uint64_t>(words);
             args.tokens = pointer<int64_t>(tokens);
             args.logprobs = pointer<float>(logprobs);
@@ -79,17 +97,20 @@ void pse::register_cuda_sampling(py::module_& m) {
             args.threads = threads;
             return sampled(args, clusters, device, pointer(stream));
         },
-        py::arg("base"), py::arg("guide"), py::arg("guides"), py::arg("rows"), py::arg("vocab"), py::arg("knobs"),
-        py::arg("counters"), py::arg("row_in_counter"), py::arg("words"), py::arg("tokens"), py::arg("logprobs"),
-        py::arg("scratch"), py::arg("clusters"), py::arg("threads"), py::arg("device"), py::arg("stream"),
-        "parameters per row: fp32 knobs [rows, 3 + guides], int64 counters [rows, 3]; words [rows] replace the draw");
+        py::arg("base"), py::arg("guide"), py::arg("guides"), py::arg("rows"), py::arg("vocab"), py::arg("same"),
+        py::arg("per_row"), py::arg("row_in_counter"), py::arg("filters"), py::arg("words"), py::arg("tokens"),
+        py::arg("logprobs"), py::arg("scratch"), py::arg("clusters"), py::arg("threads"), py::arg("device"),
+        py::arg("stream"),
+        "parameters that all rows share or have of their own; words [rows] replace the draw (csrc/cuda/sampling.h)");
     m.def(
         "guided_logprobs",
         [](const CudaView& base, const CudaView& guide, int64_t guides, int64_t rows, int64_t vocab, int64_t columns,
-           uintptr_t knobs, uintptr_t out, uintptr_t scratch, int threads, int device, uintptr_t stream) {
+           const Same& same, const PerRow& per_row, uintptr_t out, uintptr_t scratch, int threads, int device,
+           uintptr_t stream) {
             cuda::LogprobArgs args = {};
             args.logits = cuda_logits(base, guide, guides, rows, vocab);
-            args.knobs = pointer<const float>(knobs);
+            args.same = knobs_of(same);
+            args.rows = knobs_of(per_row);
             args.out = pointer<float>(out);
             args.columns = columns;
             args.scratch = pointer(scratch);
@@ -97,6 +118,6 @@ void pse::register_cuda_sampling(py::module_& m) {
             return cuda::guided_logprobs(args, device, pointer(stream));
         },
         py::arg("base"), py::arg("guide"), py::arg("guides"), py::arg("rows"), py::arg("vocab"), py::arg("columns"),
-        py::arg("knobs"), py::arg("out"), py::arg("scratch"), py::arg("threads"), py::arg("device"), py::arg("stream"),
-        "fp32 log-probs [rows, columns]; fp32 knobs [rows, 1 + guides] (csrc/cuda/sampling.h)");
+        py::arg("same"), py::arg("per_row"), py::arg("out"), py::arg("scratch"), py::arg("threads"), py::arg("device"),
+        py::arg("stream"), "fp32 log-probs [rows, columns] (csrc/cuda/sampling.h)");
 }

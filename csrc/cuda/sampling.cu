@@ -102,7 +102,7 @@ template <int kThreads>
 PSE_DEVICE Drawn draw(const Job& a, int64_t row, const Row& r) {
     const int64_t first = row * a.chunks;
     const uint64_t kept_mass = sum_of<kThreads>(int(a.chunks), [&](int i) { return load(a.kept, first + i); });
-    const uint64_t threshold = mulhi64(word_of(a, row, r), kept_mass);
+    const uint64_t threshold = mulhi64(word_of(a, row), kept_mass);
     const Reached<uint64_t> reached =
         first_reaching<kThreads>(int(a.chunks), threshold + 1, [&](int i) { return load(a.kept, first + i); });
     return {reached.index, threshold - reached.before};
@@ -394,7 +394,7 @@ sampling_logprobs(Job a, uint32_t column_chunks) {
     const int chunk = part_of(column_chunks);
     const uint64_t best = load(a.state, row * kState + kBest);
     const double log_mass_of_row = bits_double(load(a.state, row * kState + kSearch));
-    const double temperature = double(load(a.knobs, row * a.width));
+    const double temperature = double(temperature_of(a, row));
     const float w = usual_guidance(a, row);
     const double best_z = double(float_of_key(int32_t(uint32_t(best))));
     for (int group = first_group<kGroups>(chunk); group < first_group<kGroups>(chunk + 1); ++group) {
@@ -496,8 +496,8 @@ int guided_sample(const SampleArgs& args, int device, void* stream) {
 
 int guided_logprobs(const LogprobArgs& args, int device, void* stream) {
     const bool narrow = is_narrow(args.logits.vocab, args.threads);
-    Job job = job_of(request_of(args.logits, args.knobs, 1, narrow ? kNarrow : kWide), args.scratch, false, narrow);
-    job.same.top_p = 1.0f;  // the rest is 0: no filter, no draw
+    const Request request = request_of(args.logits, args.same, args.rows, narrow ? kNarrow : kWide);
+    Job job = job_of(request, args.scratch, false, narrow);
     job.out = global<float>(args.out, args.logits.rows * args.columns);
     job.columns = args.columns;
     const Target target = {device, stream};

@@ -22,28 +22,39 @@ struct Logits {
 };
 
 struct Knobs {
-    float guidance, temperature, top_p, min_p;
+    float temperature, top_p, min_p, guidance;
     int64_t top_k, seed, offset;
+};
+
+// A parameter that rows have of their own: that of row i is at[i * stride]. Null: it is the same in all rows.
+template <class T>
+struct PerRow {
+    const T* at;
+    int64_t stride;
+};
+struct KnobsPerRow {
+    PerRow<float> temperature, top_p, min_p, guidance;  // the latter for every guide, next to each other
+    PerRow<int64_t> top_k, seed, offset;
 };
 
 struct SampleArgs {
     Logits logits;
-    Knobs same;               // of every row, where `knobs` is null
-    const float* knobs;       // [rows, 3 + guides]: temperature, top_p, min_p, guidance of each guide
-    const int64_t* counters;  // [rows, 3]: top_k, seed, offset
-    bool row_in_counter;      // seed is one int: row i draws with counter (offset, i)
-    bool filters;             // false: the caller knows that no row has top-k or top-p
-    const uint64_t* words;    // [rows] to draw with instead of Philox's, or null (tests)
-    int64_t* tokens;          // [rows]; -1 in a row that has no distribution or a parameter out of range
-    float* logprobs;          // [rows] or null; NaN in such a row
-    void* scratch;            // sampling_scratch_bytes(rows, vocab, filters, threads), aligned to 16; any contents
-    int threads;              // of a block: 64 or 256 (512 in clusters), or 0 for the launcher's choice
+    Knobs same;             // of all rows,
+    KnobsPerRow rows;       // but for these
+    bool row_in_counter;    // seed is one int: row i draws with counter (offset, i)
+    bool filters;           // false: no log-probs, and the caller knows that no row has top-k or top-p
+    const uint64_t* words;  // [rows] to draw with instead of Philox's, or null (tests)
+    int64_t* tokens;        // [rows]; -1 in a row that has no distribution or a parameter out of range
+    float* logprobs;        // [rows] or null; NaN in such a row
+    void* scratch;          // sampling_scratch_bytes(rows, vocab, filters, threads), aligned to 16; any contents
+    int threads;            // of a block: 64 or 256 (512 in clusters), or 0 for the launcher's choice
 };
 
 struct LogprobArgs {
     Logits logits;
-    const float* knobs;  // [rows, 1 + guides]: temperature, guidance of each guide
-    float* out;          // [rows, columns], contiguous; NaN in a row that has no distribution
+    Knobs same;  // as above; only temperature and guidance are read, the rest says: no filter
+    KnobsPerRow rows;
+    float* out;  // [rows, columns], contiguous; NaN in a row that has no distribution
     int64_t columns;
     void* scratch;  // sampling_scratch_bytes(rows, vocab, false, threads)
     int threads;

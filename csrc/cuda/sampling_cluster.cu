@@ -280,7 +280,7 @@ PSE_DEVICE void sample_row(const Request& a, int slice_groups) {
         }
         if (!greedy) {
             const uint64_t before = warp_inclusive(kept_mass) - kept_mass;
-            threshold = mulhi64(word_of(a, row, read_row(a, row)), warp_reduce(kept_mass, Sum()));
+            threshold = mulhi64(word_of(a, row), warp_reduce(kept_mass, Sum()));
             const uint64_t first = shuffle(before, cluster_rank()), count = shuffle(kept_mass, cluster_rank());
             here = first <= threshold && threshold < first + count;
             threshold -= first;

@@ -31,6 +31,14 @@ PSE_HD int bin_of(float exponent) { return int32_t(mul_rn(exponent, -16.0f)); }
 constexpr int kLowBits = 20;
 constexpr uint64_t kBestWeight = uint64_t(1) << kFractionBits;
 
+// A parameter per row, or null.
+template <class T>
+struct Column {
+    Global<const T> at;
+    int64_t stride;
+    PSE_METHOD T of(int64_t row, T same) const { return at == nullptr ? same : load(at, row * stride); }
+};
+
 // Who asks for what: the arguments of a kernel.
 struct Request {
     Logits logits;
@@ -39,9 +47,8 @@ struct Request {
     bool usual;  // one guide, all of 16 bits, every row aligned to 16 bytes
     int groups;  // reads of a whole block, per row
     Knobs same;
-    Global<const float> knobs;
-    int64_t width, first_guidance;  // of a row of knobs
-    Global<const int64_t> counters;
+    Column<float> temperature, top_p, min_p, guidance;
+    Column<int64_t> top_k, seed, offset;
     Global<const uint64_t> words;
     bool row_in_counter;
     Global<int64_t> tokens;  // null for guided_logprobs
@@ -168,44 +175,44 @@ PSE_DEVICE uint64_t sum_of(int n, const Value& value) {
 // ---- a row's parameters
 
 struct Row {
-    Knobs knobs;
-    bool good;  // but for its guidance and its logits: see Best
+    float temperature, top_p;
+    uint32_t top_k;  // where by_rank
+    bool good;       // but for its guidance and its logits: see Best
     bool greedy, by_rank, by_mass;
     float c;         // log2(e) / temperature
     uint64_t floor;  // min-p: the least weight
 };
 
 PSE_DEVICE float guidance_of(const Request& a, int64_t row, int guide) {
-    return a.knobs == nullptr ? a.same.guidance : load(a.knobs, row * a.width + a.first_guidance + guide);
+    if (a.guidance.at == nullptr) return a.same.guidance;
+    return load(a.guidance.at, row * a.guidance.stride + guide);
 }
+
+PSE_DEVICE float temperature_of(const Request& a, int64_t row) { return a.temperature.of(row, a.same.temperature); }
+// These two are read again for the draw: until then they would take four registers.
+PSE_DEVICE int64_t seed_of(const Request& a, int64_t row) { return a.seed.of(row, a.same.seed); }
+PSE_DEVICE int64_t offset_of(const Request& a, int64_t row) { return a.offset.of(row, a.same.offset); }
 
 PSE_DEVICE Row read_row(const Request& a, int64_t row) {
     Row r = {};
-    r.knobs = a.same;
-    if (a.knobs != nullptr) {
-        r.knobs.temperature = load(a.knobs, row * a.width);
-        if (a.counters != nullptr) {
-            r.knobs.top_p = load(a.knobs, row * a.width + 1);
-            r.knobs.min_p = load(a.knobs, row * a.width + 2);
-            r.knobs.top_k = load(a.counters, row * 3);
-            r.knobs.seed = load(a.counters, row * 3 + 1);
-            r.knobs.offset = load(a.counters, row * 3 + 2);
-        }
-    }
-    const Knobs& k = r.knobs;
-    r.good = valid_parameters(k.temperature, k.top_p, k.min_p, k.top_k, k.seed, k.offset);
-    r.greedy = k.temperature == 0.0f;
+    r.temperature = temperature_of(a, row);
+    r.top_p = a.top_p.of(row, a.same.top_p);
+    const float min_p = a.min_p.of(row, a.same.min_p);
+    const int64_t top_k = a.top_k.of(row, a.same.top_k);
+    r.good = valid_parameters(r.temperature, r.top_p, min_p, top_k, seed_of(a, row), offset_of(a, row));
+    r.greedy = r.temperature == 0.0f;
     if (a.tokens == nullptr) r.good = r.good && !r.greedy;
-    r.by_rank = !r.greedy && k.top_k > 0 && k.top_k < a.logits.vocab;
-    r.by_mass = !r.greedy && k.top_p < 1.0f;
-    r.c = inverse_temperature(r.greedy ? 1.0f : k.temperature);
-    if (!r.greedy) r.floor = k.min_p < 1.0f ? fixed_point(k.min_p, kFractionBits) : kBestWeight;
+    r.top_k = uint32_t(top_k);
+    r.by_rank = !r.greedy && top_k > 0 && top_k < a.logits.vocab;
+    r.by_mass = !r.greedy && r.top_p < 1.0f;
+    r.c = inverse_temperature(r.greedy ? 1.0f : r.temperature);
+    if (!r.greedy) r.floor = min_p < 1.0f ? fixed_point(min_p, kFractionBits) : kBestWeight;
     return r;
 }
 
-PSE_DEVICE uint64_t word_of(const Request& a, int64_t row, const Row& r) {
+PSE_DEVICE uint64_t word_of(const Request& a, int64_t row) {
     if (a.words != nullptr) return load(a.words, row);
-    return philox_u64(uint64_t(r.knobs.seed), uint64_t(r.knobs.offset), a.row_in_counter ? uint64_t(row) : 0);
+    return philox_u64(uint64_t(seed_of(a, row)), uint64_t(offset_of(a, row)), a.row_in_counter ? uint64_t(row) : 0);
 }
 
 // Weights of a row: relative to its best token.
@@ -477,9 +484,9 @@ PSE_DEVICE Search find_bins(const Row& r, const Mass& mass, const Count& bin_cou
     Search found = {kBins, kBins, kBins, 0, 0, 0};  // all tokens that weigh anything are among the k best
     uint64_t least = 0, most = 0;                   // what top-k may leave
     if (r.by_rank) {
-        const auto reached = first_reaching<kThreads>(kBins, uint32_t(r.knobs.top_k), bin_count);
+        const auto reached = first_reaching<kThreads>(kBins, r.top_k, bin_count);
         found.top_k = reached.index;
-        found.rank = uint64_t(r.knobs.top_k) - reached.before;
+        found.rank = uint64_t(r.top_k) - reached.before;
         if (r.by_mass && found.top_k < kBins) {
             found.above_top_k = least = sum_of<kThreads>(found.top_k, bin_mass);
             most = least + bin_mass(found.top_k);
@@ -488,7 +495,7 @@ PSE_DEVICE Search find_bins(const Row& r, const Mass& mass, const Count& bin_cou
     found.low = found.high = found.top_k;
     if (r.by_mass) {
         if (found.top_k == kBins) least = most = mass();
-        const uint64_t share = fixed_point(r.knobs.top_p, 64);
+        const uint64_t share = fixed_point(r.top_p, 64);
         const auto reached = first_reaching<kThreads>(kBins, Larger()(mulhi64(share, least), uint64_t(1)), bin_mass);
         found.low = found.high = reached.index;
         found.above_top_p = reached.before;
@@ -542,7 +549,7 @@ PSE_DEVICE int32_t settle_key(const Row& r, const Search& search, const Mass& ma
     if (search.top_k < kBins) key = keys.template select<false>(search.top_k, search.rank);
     if (!r.by_mass) return key;
     const uint64_t available = search.top_k < kBins ? search.above_top_k + keys.mass(search.top_k, key) : mass();
-    const uint64_t share = mulhi64(fixed_point(r.knobs.top_p, 64), available);
+    const uint64_t share = mulhi64(fixed_point(r.top_p, 64), available);
     const uint64_t target = Larger()(share, uint64_t(1)) - search.above_top_p;
     const auto reached =
         first_reaching<kThreads>(search.high - search.low + 1, target, [&](int i) { return bin_mass(search.low + i); });
@@ -594,7 +601,7 @@ PSE_DEVICE void find_token(const Request& a, int64_t row, const Scale& s, const 
             store(a.tokens, row, first_token<kThreads>(group) + index);
             if (a.logprobs != nullptr) {
                 const double below = sub_rn(double(add_rn(z, 0.0f)), double(s.best));  // -0 would give a log-prob of -0
-                const double temperature = r.greedy ? 1.0 : double(r.knobs.temperature);
+                const double temperature = r.greedy ? 1.0 : double(r.temperature);
                 store(a.logprobs, row, log_probability(below, temperature, log_mass(mass())));
             }
         }
@@ -611,7 +618,12 @@ inline bool is_narrow(int64_t vocab, int threads) { return threads == 0 ? vocab 
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-inline Request request_of(const Logits& l, const float* knobs, int64_t first_guidance, int threads) {
+template <class T>
+Column<T> column_of(const PerRow<T>& knob, int64_t rows, int64_t beyond = 1) {
+    return {global<const T>(knob.at, (rows - 1) * knob.stride + beyond), knob.stride};
+}
+
+inline Request request_of(const Logits& l, const Knobs& same, const KnobsPerRow& own, int threads) {
     Request a = {};
     a.logits = l;
     a.base_count = (l.rows - 1) * l.base_stride + l.vocab;
@@ -623,17 +635,20 @@ inline Request request_of(const Logits& l, const float* knobs, int64_t first_gui
     a.usual = a.guides == 1 && is_16_bit(l.base_dtype) && is_16_bit(l.guide_dtype) && aligned(l.base, l.base_stride) &&
               aligned(l.guide, l.guide_row_stride);
     a.groups = int(ceil_div(l.vocab, threads * kGroup));
-    a.width = first_guidance + l.guides;
-    a.first_guidance = first_guidance;
-    a.knobs = global<const float>(knobs, l.rows * a.width);
+    a.same = same;
+    a.temperature = column_of(own.temperature, l.rows);
+    a.top_p = column_of(own.top_p, l.rows);
+    a.min_p = column_of(own.min_p, l.rows);
+    a.guidance = column_of(own.guidance, l.rows, l.guides);
+    a.top_k = column_of(own.top_k, l.rows);
+    a.seed = column_of(own.seed, l.rows);
+    a.offset = column_of(own.offset, l.rows);
     return a;
 }
 
 inline Request request_of(const SampleArgs& args, int threads) {
     const int64_t rows = args.logits.rows;
-    Request a = request_of(args.logits, args.knobs, 3, threads);
-    a.same = args.same;
-    a.counters = global<const int64_t>(args.counters, rows * 3);
+    Request a = request_of(args.logits, args.same, args.rows, threads);
     a.words = global<const uint64_t>(args.words, rows);
     a.row_in_counter = args.row_in_counter;
     a.tokens = global<int64_t>(args.tokens, rows);

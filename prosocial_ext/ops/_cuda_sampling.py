@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from prosocial_ext.ops import _cuda
+from prosocial_ext.ops._knobs import spread
 from prosocial_ext.ops._logits import unit_columns, view
 from prosocial_ext.reference import sampling as definition
 from prosocial_ext.reference import sampling_arguments as arguments
@@ -71,17 +73,49 @@ def sample(
     return tokens
 
 
+class _RowKnobs:
+    """Knobs of `_knobs.py` for a launcher: what all rows have as numbers, the others where they lie."""
+
+    _SAME = (1.0, 1.0, 0.0, 0.0, 0, 0, 0)  # no filter, no guide, no draw
+
+    def __init__(self, *knobs: torch.Tensor | None) -> None:
+        """Temperature, top-p, min-p, guidance, top-k, seed, offset; None where the kernels do not ask."""
+        self.kept: list[torch.Tensor] = []
+        self.same = list(self._SAME)
+        self.rows = [(0, 0)] * len(self._SAME)  # address and stride; 0 is the same in all rows
+        for i, knob in enumerate(knobs):
+            if knob is None or knob.numel() == 0:
+                continue
+            knob = knob if i > 3 else knob.to(torch.float32)
+            if knob.device.type == "cpu" and knob.shape[0] == 1:
+                self.same[i] = knob.flatten()[0].item()
+                continue
+            if knob.dim() == 2 and knob.shape[1] > 1 and knob.stride(1) != 1:
+                knob = knob.contiguous()
+            self.kept.append(knob)
+            self.rows[i] = knob.data_ptr(), knob.stride(0)
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        return self.same, self.rows
+
+    def may_filter(self, vocab: int) -> bool:
+        """Whether any row may have top-k or top-p, which the device alone knows where it is per row."""
+        heat, top_p, _, _, top_k, _, _ = self.same
+        per_row = [address != 0 for address, _ in self.rows]
+        return per_row[1] or per_row[4] or ((per_row[0] or heat > 0) and (0 < top_k < vocab or top_p < 1))
+
+
 def sample_rows(
     base: torch.Tensor,
     guide: torch.Tensor | None,
-    knobs: torch.Tensor,
-    counters: torch.Tensor,
+    knobs: Sequence[torch.Tensor],
     vocab: int,
     row_in_counter: bool,
     logprobs: bool,
     words: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw with parameters per row, which stay on the device: in chunks always three launches.
+    """Draw with parameters per row: in chunks two launches, three with log-probs or where a row may have a filter.
 
     ``words`` [B] replaces the random words (tests). Returns tokens and log-probs, the latter empty unless asked for.
     """
@@ -89,13 +123,13 @@ def sample_rows(
     base = unit_columns(base)
     guide = None if guide is None else unit_columns(guide)
     (base_view, _), (guide_view, guides) = view(base), view(guide)
-    rounded, counted = knobs.to(torch.float32).contiguous(), counters.contiguous()
+    asked = _RowKnobs(*knobs)
     tokens = torch.empty(rows, dtype=torch.int64, device=device)
     drawn = torch.empty(rows if logprobs else 0, dtype=torch.float32, device=device)
-    clusters = _by_cluster(base, vocab)
-    scratch = None if clusters else _scratch(base, vocab, True)
+    clusters, filters = _by_cluster(base, vocab), logprobs or asked.may_filter(vocab)
+    scratch = None if clusters else _scratch(base, vocab, filters)
     error = _cuda.launchers.guided_sample_rows(
-        *(base_view, guide_view, guides, rows, vocab, rounded.data_ptr(), counted.data_ptr(), row_in_counter),
+        *(base_view, guide_view, guides, rows, vocab, *asked.arguments, row_in_counter, filters),
         *(0 if words is None else words.data_ptr(), tokens.data_ptr(), drawn.data_ptr() if logprobs else 0),
         *(0 if scratch is None else scratch.data_ptr(), clusters, block_threads, *_cuda.target(base)),
     )
@@ -103,33 +137,37 @@ def sample_rows(
     return tokens, drawn
 
 
-def logprobs(base: torch.Tensor, guide: torch.Tensor | None, knobs: torch.Tensor, vocab: int) -> torch.Tensor:
-    """Return the log-probs of whole rows, knobs [B, 1 + G] being temperature and guidance: three launches."""
+def logprobs(
+    base: torch.Tensor, guide: torch.Tensor | None, temperature: torch.Tensor, guidance: torch.Tensor, vocab: int
+) -> torch.Tensor:
+    """Return the log-probs of whole rows: three launches."""
     if torch.float64 in (base.dtype, guide.dtype if guide is not None else None):
-        return _logprobs_double(base, guide, knobs, vocab)
+        return _logprobs_double(base, guide, temperature, guidance, vocab)
     rows, columns = base.shape
     base = unit_columns(base)
     guide = None if guide is None else unit_columns(guide)
     (base_view, _), (guide_view, guides) = view(base), view(guide)
-    rounded = knobs.to(torch.float32).contiguous()
+    asked = _RowKnobs(temperature, None, None, guidance)
     out = torch.empty(rows, columns, dtype=torch.float32, device=base.device)
     scratch = _scratch(base, vocab, False)
     error = _cuda.launchers.guided_logprobs(
-        *(base_view, guide_view, guides, rows, vocab, columns, rounded.data_ptr(), out.data_ptr()),
+        *(base_view, guide_view, guides, rows, vocab, columns, *asked.arguments, out.data_ptr()),
         *(scratch.data_ptr(), block_threads, *_cuda.target(base)),
     )
     _cuda.checked(error)
     return out
 
 
-def _logprobs_double(base: torch.Tensor, guide: torch.Tensor | None, knobs: torch.Tensor, vocab: int) -> torch.Tensor:
+def _logprobs_double(
+    base: torch.Tensor, guide: torch.Tensor | None, temperature: torch.Tensor, guidance: torch.Tensor, vocab: int
+) -> torch.Tensor:
     """fp64 is a float softmax: the reference's own steps, with NaN for the rows that it would refuse."""
     with torch.no_grad():
         guides = guide[None] if guide is not None and guide.dim() == 2 else guide
-        wide = knobs.to(torch.float32).double()
-        temperature, strength = wide[:, :1], wide[:, 1:]
+        heat, strength = (spread(knob, base.shape[0], base.device).double() for knob in (temperature, guidance))
+        heat = heat.unsqueeze(1)
         z = definition.combine(arguments.Logits(base, guides, vocab), strength)
-        out = torch.log_softmax(z / temperature, dim=-1)
-        good = (temperature > 0) & temperature.isfinite() & strength.isfinite().all(-1, keepdim=True)
+        out = torch.log_softmax(z / heat, dim=-1)
+        good = (heat > 0) & heat.isfinite() & strength.isfinite().all(-1, keepdim=True)
         good &= ~(z.isnan() | (z == math.inf)).any(-1, keepdim=True) & (z > -math.inf).any(-1, keepdim=True)
         return torch.where(good, out, math.nan)

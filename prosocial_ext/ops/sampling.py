@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from math import isfinite
 from typing import Any
 
 import torch
 
 from prosocial_ext import _C, reference
-from prosocial_ext.ops import _backend, _cuda, _cuda_sampling, _native
+from prosocial_ext.ops import _backend, _cuda, _cuda_sampling, _knobs, _native
 from prosocial_ext.ops._library import LIBRARY, passes_autograd, register
 from prosocial_ext.ops._logits import unit_columns, view
 from prosocial_ext.reference import check
@@ -100,14 +101,13 @@ _sample = register(
 )
 
 
-# ---- parameters per row: knobs [B, 3 + G] temperature, top_p, min_p, guidance...; counters [B, 3] top_k, seed, offset
+# ---- parameters per row: temperature, top_p, min_p, guidance, top_k, seed, offset, each as in _knobs.py
 
 
 def _sample_rows_cpu(
     base: torch.Tensor,
     guide: torch.Tensor | None,
-    knobs: torch.Tensor,
-    counters: torch.Tensor,
+    knobs: Sequence[torch.Tensor],
     vocab: int,
     row_in_counter: bool,
     logprobs: bool,
@@ -119,13 +119,13 @@ def _sample_rows_cpu(
     guide = None if guide is None else unit_columns(guide)
     base_view, _ = view(base)
     guide_view, guides = view(guide)
-    rounded, counted = knobs.to(torch.float32).contiguous(), counters.contiguous()
+    real, whole = _knobs.tables(knobs, rows, base.device)
     bad = _C.guided_sample_rows(
-        *(base_view, guide_view, guides, rows, vocab, rounded.data_ptr(), counted.data_ptr(), row_in_counter),
+        *(base_view, guide_view, guides, rows, vocab, real.data_ptr(), whole.data_ptr(), row_in_counter),
         *(tokens.data_ptr(), drawn.data_ptr() if logprobs else 0, _scratch(vocab, threads).data_ptr(), threads),
     )
     if bad:
-        _sample_rows_elsewhere(base, guide, knobs, counters, vocab, row_in_counter, logprobs)
+        _sample_rows_elsewhere(base, guide, knobs, vocab, row_in_counter, logprobs)
         raise RuntimeError(f"guided_sample: {bad} rows were refused by the kernel but not by the reference")
     return tokens, drawn
 
@@ -133,24 +133,25 @@ def _sample_rows_cpu(
 def _sample_rows_elsewhere(
     base: torch.Tensor,
     guide: torch.Tensor | None,
-    knobs: torch.Tensor,
-    counters: torch.Tensor,
+    knobs: Sequence[torch.Tensor],
     vocab: int,
     row_in_counter: bool,
     logprobs: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if base.shape[0] == 0:
+    rows = base.shape[0]
+    if rows == 0:
         return base.new_empty(0, dtype=torch.int64), base.new_empty(0, dtype=torch.float32)
+    temperature, top_p, min_p, strength, top_k, seed, offset = (_knobs.spread(k, rows, base.device) for k in knobs)
     tokens, drawn = reference.guided_sample(
         base,
         guide,
-        guidance=knobs[:, 3:],
-        temperature=knobs[:, 0],
-        top_p=knobs[:, 1],
-        min_p=knobs[:, 2],
-        top_k=counters[:, 0],
-        seed=int(counters[0, 1]) if row_in_counter else counters[:, 1],
-        offset=counters[:, 2],
+        guidance=strength,
+        temperature=temperature,
+        top_p=top_p,
+        min_p=min_p,
+        top_k=top_k,
+        seed=int(seed[0]) if row_in_counter else seed,
+        offset=offset,
         vocab_size=vocab,
         return_logprobs=True,
     )
@@ -160,8 +161,7 @@ def _sample_rows_elsewhere(
 def _sample_rows_fake(
     base: torch.Tensor,
     guide: torch.Tensor | None,
-    knobs: torch.Tensor,
-    counters: torch.Tensor,
+    knobs: Sequence[torch.Tensor],
     vocab: int,
     row_in_counter: bool,
     logprobs: bool,
@@ -172,8 +172,8 @@ def _sample_rows_fake(
 
 
 _sample_rows = register(
-    "guided_sample_rows(Tensor base, Tensor? guide, Tensor knobs, Tensor counters, SymInt vocab, bool row_in_counter, "
-    "bool logprobs) -> (Tensor, Tensor)",
+    "guided_sample_rows(Tensor base, Tensor? guide, Tensor[] knobs, SymInt vocab, bool row_in_counter, bool logprobs) "
+    "-> (Tensor, Tensor)",
     cpu=_sample_rows_cpu,
     cuda=_cuda_sampling.sample_rows if _cuda.compiled() else None,
     elsewhere=_sample_rows_elsewhere,
@@ -215,19 +215,17 @@ def guided_sample(
     check.boolean("return_logprobs", return_logprobs)
     rows, device = base_logits.shape[0], check.float64_device(base_logits.device)  # MPS draws on the host
     stacked = guide_logits is not None and guide_logits.dim() == 3
-    strength = arguments.guidance(guidance, rows, logits.num_guides, stacked, device)
-    heat = arguments.knob("temperature", temperature, rows, device, torch.float32)
-    nucleus = arguments.knob("top_p", top_p, rows, device, torch.float32)
-    floor = arguments.knob("min_p", min_p, rows, device, torch.float32)
-    whole = [
-        arguments.knob(name, value, rows, device, torch.int64)
-        for name, value in (("top_k", top_k), ("seed", seed), ("offset", offset))
-    ]
-    knobs = torch.cat([heat.unsqueeze(1), nucleus.unsqueeze(1), floor.unsqueeze(1), strength], dim=1)
-    counters = torch.stack(whole, dim=1)
+    strength = _knobs.guidance(guidance, rows, logits.num_guides, stacked, device)
+    real, whole = (
+        [_knobs.knob(name, value, rows, device, dtype) for name, value in named.items()]
+        for dtype, named in (
+            (torch.float32, {"temperature": temperature, "top_p": top_p, "min_p": min_p}),
+            (torch.int64, {"top_k": top_k, "seed": seed, "offset": offset}),
+        )
+    )
     row_in_counter = not arguments.per_row(seed)
     tokens, logprobs = _sample_rows(
-        base_logits, guide_logits, knobs, counters, logits.vocab_size, row_in_counter, return_logprobs
+        base_logits, guide_logits, [*real, strength, *whole], logits.vocab_size, row_in_counter, return_logprobs
     )
     return (tokens, logprobs) if return_logprobs else tokens
 
@@ -264,12 +262,15 @@ def _plain_vocab(base: Any, guide: Any, vocab_size: int | None) -> int:
     return 0
 
 
-# ---- log-probs: knobs [B, 1 + G] (temperature, guidance...)
+# ---- log-probs: temperature and guidance, as in _knobs.py
 
 
-def _logprobs_cpu(base: torch.Tensor, guide: torch.Tensor | None, knobs: torch.Tensor, vocab: int) -> torch.Tensor:
+def _logprobs_cpu(
+    base: torch.Tensor, guide: torch.Tensor | None, temperature: torch.Tensor, guidance: torch.Tensor, vocab: int
+) -> torch.Tensor:
     if torch.float64 in (base.dtype, guide.dtype if guide is not None else None):
-        return _logprobs_elsewhere(base, guide, knobs, vocab)  # fp64 is a float softmax: no integers, no kernel
+        # fp64 is a float softmax: no integers, no kernel
+        return _logprobs_elsewhere(base, guide, temperature, guidance, vocab)
     rows, columns = base.shape
     threads = _native.threads()
     out = torch.empty(rows, columns, dtype=torch.float32, device="cpu")
@@ -277,31 +278,35 @@ def _logprobs_cpu(base: torch.Tensor, guide: torch.Tensor | None, knobs: torch.T
     guide = None if guide is None else unit_columns(guide)
     base_view, _ = view(base)
     guide_view, guides = view(guide)
-    rounded = knobs.to(torch.float32).contiguous()
+    heat, strength = (_knobs.spread(knob, rows, base.device) for knob in (temperature, guidance))
+    knobs = torch.cat([heat.unsqueeze(1), strength], dim=1).to(torch.float32)
     bad = _C.guided_logprobs(
-        *(base_view, guide_view, guides, rows, vocab, columns, rounded.data_ptr(), out.data_ptr()),
+        *(base_view, guide_view, guides, rows, vocab, columns, knobs.data_ptr(), out.data_ptr()),
         *(_scratch(vocab, threads).data_ptr(), threads),
     )
     if bad:
-        _logprobs_elsewhere(base, guide, knobs, vocab)
+        _logprobs_elsewhere(base, guide, temperature, guidance, vocab)
         raise RuntimeError(f"guided_logprobs: {bad} rows were refused by the kernel but not by the reference")
     return out
 
 
 def _logprobs_elsewhere(
-    base: torch.Tensor, guide: torch.Tensor | None, knobs: torch.Tensor, vocab: int
+    base: torch.Tensor, guide: torch.Tensor | None, temperature: torch.Tensor, guidance: torch.Tensor, vocab: int
 ) -> torch.Tensor:
+    heat, strength = (_knobs.spread(knob, base.shape[0], base.device) for knob in (temperature, guidance))
     with torch.no_grad():
-        return reference.guided_logprobs(base, guide, guidance=knobs[:, 1:], temperature=knobs[:, 0], vocab_size=vocab)
+        return reference.guided_logprobs(base, guide, guidance=strength, temperature=heat, vocab_size=vocab)
 
 
-def _logprobs_fake(base: torch.Tensor, guide: torch.Tensor | None, knobs: torch.Tensor, vocab: int) -> torch.Tensor:
+def _logprobs_fake(
+    base: torch.Tensor, guide: torch.Tensor | None, temperature: torch.Tensor, guidance: torch.Tensor, vocab: int
+) -> torch.Tensor:
     double = torch.float64 in (base.dtype, guide.dtype if guide is not None else None)
     return base.new_empty(base.shape, dtype=torch.float64 if double else torch.float32)
 
 
 _logprobs = register(
-    "guided_logprobs(Tensor base, Tensor? guide, Tensor knobs, SymInt vocab) -> Tensor",
+    "guided_logprobs(Tensor base, Tensor? guide, Tensor temperature, Tensor guidance, SymInt vocab) -> Tensor",
     cpu=_logprobs_cpu,
     cuda=_cuda_sampling.logprobs if _cuda.compiled() else None,
     elsewhere=_logprobs_elsewhere,
@@ -310,24 +315,25 @@ _logprobs = register(
 
 
 def _logprobs_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    base, guide, knobs, _ = inputs
-    ctx.save_for_backward(output, knobs)
+    base, guide, temperature, guidance, _ = inputs
+    ctx.save_for_backward(output, temperature, guidance)
     ctx.base_dtype = base.dtype
     ctx.guide_like = None if guide is None else (guide.shape, guide.dtype)
 
 
 def _logprobs_gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    logprobs, knobs = ctx.saved_tensors
-    grad_z = definition.logprobs_backward(grad, logprobs, knobs[:, 0].to(logprobs.dtype))
+    logprobs, *knobs = ctx.saved_tensors
+    temperature, guidance = (_knobs.spread(k, logprobs.shape[0], logprobs.device).to(logprobs.dtype) for k in knobs)
+    grad_z = definition.logprobs_backward(grad, logprobs, temperature)
     grad_guide = None
     if ctx.guide_like is not None and ctx.needs_input_grad[1]:
         shape, dtype = ctx.guide_like
-        strength = knobs[:, 1:].to(grad_z.dtype).T[:, :, None]  # [G, B, 1]
+        strength = guidance.to(grad_z.dtype).T[:, :, None]  # [G, B, 1]
         shared = min(shape[-1], grad_z.shape[-1])
         grads = strength * grad_z[None, :, :shared]
         grads = torch.nn.functional.pad(grads, (0, shape[-1] - shared))
         grad_guide = grads.reshape(shape).to(dtype)
-    return grad_z.to(ctx.base_dtype), grad_guide, None, None
+    return grad_z.to(ctx.base_dtype), grad_guide, None, None, None
 
 
 torch.library.register_autograd(
@@ -339,8 +345,10 @@ class _FunctionalLogProbs(torch.autograd.Function):
     """The op for torch.func.grad and its kin, which cannot look into the registered gradient."""
 
     @staticmethod
-    def forward(base: torch.Tensor, guide: torch.Tensor | None, knobs: torch.Tensor, vocab: int) -> torch.Tensor:
-        return _logprobs(base, guide, knobs, vocab)
+    def forward(
+        base: torch.Tensor, guide: torch.Tensor | None, temperature: torch.Tensor, guidance: torch.Tensor, vocab: int
+    ) -> torch.Tensor:
+        return _logprobs(base, guide, temperature, guidance, vocab)
 
     setup_context = staticmethod(_logprobs_context)
     backward = staticmethod(_logprobs_gradient)
@@ -364,13 +372,12 @@ def guided_logprobs(
     logits = arguments.logits(base_logits, guide_logits, vocab_size)
     rows, device = base_logits.shape[0], base_logits.device
     stacked = guide_logits is not None and guide_logits.dim() == 3
-    strength = arguments.guidance(guidance, rows, logits.num_guides, stacked, device)
-    heat = arguments.knob("temperature", temperature, rows, device, torch.float32)
+    strength = _knobs.guidance(guidance, rows, logits.num_guides, stacked, device)
+    heat = _knobs.knob("temperature", temperature, rows, device, torch.float32)
     arguments.refuse_forward_mode(base_logits, guide_logits)
-    knobs = torch.cat([heat.unsqueeze(1), strength], dim=1)
     functional = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
     call = _FunctionalLogProbs.apply if functional else _logprobs
-    return call(base_logits, guide_logits, knobs, logits.vocab_size)
+    return call(base_logits, guide_logits, heat, strength, logits.vocab_size)
 
 
 guided_logprobs.__doc__ = reference.guided_logprobs.__doc__

@@ -75,7 +75,7 @@ def test_the_gradient_of_logprobs(mps: torch.device) -> None:
         given = [move(t) for t in (base, guides, knobs)]
         out = ops.guided_logprobs(given[0], given[1], guidance=given[2][:, 1:], temperature=given[2][:, 0])
         ctx = SimpleNamespace(needs_input_grad=(True, True), save_for_backward=lambda *tensors: seen.append(tensors))
-        sampling._logprobs_context(ctx, (*given, 40), out)
+        sampling._logprobs_context(ctx, (*given[:2], given[2][:, 0], given[2][:, 1:], 40), out)
         ctx.saved_tensors = seen[-1]
         seen.append(sampling._logprobs_gradient(ctx, move(base + 1.0))[:2])
     for expected, actual in zip(seen[1], seen[3], strict=True):

@@ -24,12 +24,13 @@ def test_the_registered_ops_pass_opcheck(guides, grad):
     count = 0 if guides is None else 1 if guides == 2 else 2
     namespace = torch.ops.prosocial_ext
     opcheck(namespace.guided_sample.default, (base, guide, 50, 3, 4, 0.5, 0.9, 7, 0.8, 0.01))
-    knobs = torch.tensor([[0.9, 0.8, 0.01] + [0.5] * count] * 3, requires_grad=grad)
-    counters = torch.tensor([[7, 3, 4]] * 3)
-    opcheck(namespace.guided_sample_rows.default, (base, guide, knobs, counters, 50, True, True))
-    opcheck(namespace.guided_sample_rows.default, (base, guide, knobs, counters, 50, False, False))
-    knobs = knobs.detach()[:, [0, *range(3, 3 + count)]]
-    opcheck(namespace.guided_logprobs.default, (base, guide, knobs, 50))
+    for rows in (1, 3):  # of the knobs: one for all, one for each
+        real = [torch.full((rows,), value, requires_grad=grad) for value in (0.9, 0.8, 0.01)]
+        strength = torch.full((rows, count), 0.5, requires_grad=grad)
+        knobs = [*real, strength, *(torch.full((rows,), value) for value in (7, 3, 4))]
+        opcheck(namespace.guided_sample_rows.default, (base, guide, knobs, 50, True, True))
+        opcheck(namespace.guided_sample_rows.default, (base, guide, knobs, 50, False, False))
+        opcheck(namespace.guided_logprobs.default, (base, guide, real[0].detach(), strength.detach(), 50))
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # inductor, on itself

@@ -204,9 +204,10 @@ def test_the_draw_changes_exactly_at_the_borders_of_the_prefix_sums(cuda, name, 
     words, expected = border_words(weights)
     rows = len(words)
     signed = torch.tensor([w - 2**64 if w >= 2**63 else w for w in words])
-    table = torch.tensor([[1.0, *shares]] * rows)
-    counters = torch.tensor([[knobs["top_k"], 0, 0]] * rows)
-    tokens, _ = _cuda_sampling.sample_rows(base.expand(rows, 24), None, table, counters, 24, False, False, signed)
+    real = [torch.full((rows,), value) for value in (1.0, *shares)]
+    whole = [torch.full((rows,), value) for value in (knobs["top_k"], 0, 0)]
+    arguments = [*real, torch.empty(rows, 0), *whole], 24, False, False, signed
+    tokens, _ = _cuda_sampling.sample_rows(base.expand(rows, 24), None, *arguments)
     assert tokens.tolist() == expected
 
 
@@ -331,6 +332,29 @@ def test_a_row_does_not_depend_on_its_batch_mates(cuda):
         assert cuda.guided_sample(base[one], seed=seeds[one], offset=offsets[one], **alone)[0] == together[row]
 
 
+SETTINGS = {"guidance": 0.3, "temperature": 0.9, "top_k": 50, "top_p": 0.9, "min_p": 0.01, "seed": 3, "offset": 5}
+
+
+@pytest.mark.parametrize("own", SETTINGS)
+def test_any_parameter_may_be_per_row_and_the_others_the_same_in_all(cuda, own):
+    """Where they lie: a view of every second value, and one value for all rows on the device."""
+    base, guide = CASES["normal"], CASES["ascending"]
+    values = torch.tensor([SETTINGS[own], 0, SETTINGS[own] + (1 if isinstance(SETTINGS[own], int) else 0.05)])
+    for value in (values[::2], values[0]):
+        agrees(cuda, base, guide, **{**SETTINGS, own: value})
+    if own in ("guidance", "temperature"):
+        kwargs = {"guidance": 0.3, "temperature": 0.9, own: values[::2]}
+        expected = reference.guided_logprobs(base, guide, **kwargs)
+        assert_same_bits(cuda.guided_logprobs(base, guide, **kwargs), expected)
+
+
+def test_strengths_of_stacked_guides_may_be_per_row_or_per_guide_or_one(cuda):
+    guides = torch.stack([CASES["ascending"], CASES["peaked"]])
+    own = torch.tensor([[0.5, 0.0, -0.5], [1.0, 0.0, 0.25]])[:, ::2]  # not next to each other
+    for guidance in (own, own.T.contiguous().T, own[0], torch.tensor(0.5), 0.5):
+        agrees(cuda, CASES["normal"], guides, guidance=guidance, top_p=0.9)
+
+
 def test_scalars_equal_filled_tensors(cuda):
     scalars = {"guidance": 0.3, "temperature": 0.9, "top_k": 50, "top_p": 0.9, "min_p": 0.01}
     tensors = {name: torch.tensor([value, value]) for name, value in scalars.items()}
@@ -365,7 +389,13 @@ def test_chunks_take_two_launches_and_three_with_threshold_filters_clusters_one(
     base = CASES["normal"]
     for kwargs in ({}, {"temperature": 0.0, "top_k": 5}, {"min_p": 0.1}, {"top_k": 300}):
         assert launches(simt, lambda kwargs=kwargs: cuda.guided_sample(base, **kwargs)) == (1 if in_clusters else 2)
-    for kwargs in ({"top_p": 0.9}, {"return_logprobs": True}):
+    rows = torch.ones(2)
+    for kwargs in ({"vocab_size": 300}, {"guidance": rows, "top_k": 300}, {"temperature": 0.0, "top_p": 0.5},
+                   {"temperature": 0.0, "top_p": 0.5, "seed": rows.long()}):  # fmt: skip
+        count = launches(simt, lambda kwargs=kwargs: cuda.guided_sample(base, base, **kwargs))
+        assert count == (1 if in_clusters else 2)
+    for kwargs in ({"top_p": 0.9}, {"return_logprobs": True}, {"top_p": rows}, {"top_k": rows.long()},
+                   {"temperature": rows, "top_k": 9}):  # fmt: skip
         assert launches(simt, lambda kwargs=kwargs: cuda.guided_sample(base, **kwargs)) == (1 if in_clusters else 3)
     assert launches(simt, lambda: cuda.guided_logprobs(base)) == 3
 

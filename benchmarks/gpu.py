@@ -192,6 +192,15 @@ def sampling_cases(clock: Clock) -> Iterator[Case]:
                         others["Triton"] = partial(triton_sample(), base, guide, 7)
                 nbytes = 2 * base.numel() * base.element_size()
                 yield clock.case("sampling", f"{str(dtype)[6:]} B={rows} {name}", nbytes, call, others)
+            strength = torch.linspace(0.5, 1.5, rows, device="cuda")  # as a decoding loop calls it
+            call = partial(
+                ops.guided_sample, base, guide, guidance=strength, top_p=0.95, seed=7, offset=3, return_logprobs=True
+            )
+            expected = ops.guided_sample(base.cpu(), guide.cpu(), guidance=strength.cpu(), top_p=0.95, seed=7, offset=3)
+            assert torch.equal(call()[0].cpu(), expected)
+            name = f"{str(dtype)[6:]} B={rows} top-p, w per row, log-probs"
+            others = {"in chunks": partial(in_chunks, call)}
+            yield clock.case("sampling", name, 2 * base.numel() * base.element_size(), call, others)
 
 
 # ---- K1
@@ -232,14 +241,14 @@ def topm_cases(clock: Clock) -> Iterator[Case]:
 # ---- K2
 
 
-def gram_space(grads: torch.Tensor) -> torch.Tensor:
-    """A careful user's form without the recurrence: Gram matrix and combination by cuBLAS."""
-    weights = (grads @ grads.T).sum(0)
-    return weights @ grads
+def gram_space(grads: torch.Tensor, coefficients: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """A careful user's form: Gram matrix and combination by cuBLAS."""
+    return coefficients(grads @ grads.T) @ grads
 
 
 def projection_cases(clock: Clock) -> Iterator[Case]:
     """k = 5 to 64."""
+    compiled = torch.compile(peers.gram_coefficients)
     for k, n, dtype in (
         (5, 900_000, torch.float32),
         (5, 20_000_000, torch.float32),
@@ -257,12 +266,17 @@ def projection_cases(clock: Clock) -> Iterator[Case]:
         slack = 1e-5 if dtype == torch.float32 else 2.0**-8
         error = (ops.project_conflicts(head).cpu().double() - expected).norm()
         assert float(error) <= slack * float(head.double().norm(dim=1).sum())
-        others: dict[str, Callable[[], object]] = {"cuBLAS, no surgery": partial(gram_space, grads)}
+        others: dict[str, Callable[[], object]] = {
+            "cuBLAS, no surgery": partial(gram_space, grads, partial(torch.sum, dim=0)),
+        }
         if k == 5:
+            others["cuBLAS, torch"] = partial(gram_space, grads, peers.gram_coefficients)
+            others["cuBLAS, torch.compile"] = partial(gram_space, grads, compiled)
             others["pairwise loop"] = partial(peers.pairwise_pcgrad, grads)
         nbytes = (2 * k + 1) * n * grads.element_size()
         name = f"{str(dtype)[6:]} k={k} N={n:.0e}"
-        yield clock.case("projection", name, nbytes, partial(ops.project_conflicts, grads), others)
+        call = partial(ops.project_conflicts, grads, order="fixed")
+        yield clock.case("projection", name, nbytes, call, others)
 
 
 FAMILIES = {"sampling": sampling_cases, "topm": topm_cases, "projection": projection_cases}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["kthvalue_subtract_", "pairwise_pcgrad", "sampling_chain"]
+__all__ = ["gram_coefficients", "kthvalue_subtract_", "pairwise_pcgrad", "sampling_chain"]
 
 
 def sampling_chain(
@@ -39,4 +39,17 @@ def pairwise_pcgrad(gradients: torch.Tensor) -> torch.Tensor:
         for j in range(len(gradients)):
             if i != j and (dot := torch.dot(v, gradients[j])) < 0:
                 v.sub_(gradients[j] * (dot / torch.dot(gradients[j], gradients[j])))
+    return projected.sum(0)
+
+
+def gram_coefficients(gram: torch.Tensor) -> torch.Tensor:
+    """PCGrad in ascending order without a look at a value: from the Gram matrix the coefficients of the gradients.
+
+    ``gram_coefficients(gradients @ gradients.T) @ gradients`` is all of it.
+    """
+    projected = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)  # row i: objective i, in gradients
+    for j in range(len(gram)):
+        step = (projected @ gram[j] / gram[j, j]).clamp(max=0)
+        step[j] = 0  # none with itself
+        projected[:, j] -= step
     return projected.sum(0)

@@ -61,8 +61,7 @@ json.dump({"exit": code, "timed_out": code == 124, **found}, open(sys.argv[3], "
     return $code
 }
 
-# The kernels against the ops on the CPU, then all cases of tests/simt, which lie in the CPU's memory: on cards that reach
-# it; elsewhere they are skipped with the reason.
+# The ops against the ops on the CPU, then all cases of tests/simt, with copies of their tensors on the card.
 tests() {
     local status=0
     rm -f "$out"/test.xml "$out"/cases.xml

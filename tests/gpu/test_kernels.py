@@ -231,11 +231,20 @@ def calls(device: torch.device) -> dict[str, Callable[[], torch.Tensor]]:
     generator = torch.Generator().manual_seed(1)
     base, guide = (torch.randn(4, 50_000, generator=generator).to(device) for _ in range(2))
     grads = torch.randn(5, 40_000, generator=generator).to(device)
+    order = torch.tensor([[j for j in range(5) if j != i] for i in range(5)])
     params, b, t = (to(device, tensors) for tensors in triple(torch.bfloat16, (300_000, 77)))
+    importance = [p.abs() for p in params]
+    strength, seeds = torch.linspace(0.5, 2, 4, device=device), torch.arange(4, device=device)
+    delta = ops.topm_select(b, t, m=1000)
 
-    def edit() -> torch.Tensor:
+    def edit(**options: Any) -> torch.Tensor:
         copies = [p.clone() for p in params]
-        ops.topm_subtract_(copies, b, t, density=0.1, check_finite=False)
+        found = ops.topm_subtract_(copies, b, t, density=0.1, check_finite=False, **options)
+        return torch.cat([*copies, *([] if found.undo is None else [found.undo.bits.view(copies[0].dtype)])])
+
+    def sparse_edit() -> torch.Tensor:
+        copies = [p.clone() for p in params]
+        ops.sparse_subtract_(copies, delta)
         return torch.cat(copies)
 
     def sample_in_chunks() -> torch.Tensor:
@@ -247,15 +256,37 @@ def calls(device: torch.device) -> dict[str, Callable[[], torch.Tensor]]:
         "sample": lambda: ops.guided_sample(base, guide, seed=3),
         "sample_filtered": lambda: ops.guided_sample(base, guide, top_k=50, top_p=0.9, min_p=0.01, seed=3),
         "sample_in_chunks": sample_in_chunks,
+        "sample_by_rows": lambda: ops.guided_sample(
+            base, guide, guidance=strength, temperature=0.8, top_p=0.9, seed=seeds, offset=5, return_logprobs=True
+        )[1],
         "logprobs": lambda: ops.guided_logprobs(base, guide),
         "project": lambda: ops.project_conflicts(grads, seed=2),
+        "project_lists": lambda: ops.project_conflicts(list(grads), weights=[0.1, 0.2, 0.3, 0.2, 0.2], order=order)[0],
+        "project_many": lambda: ops.project_conflicts(grads.view(25, 8000), order="fixed"),
         "gram": lambda: ops.gradient_gram(grads),
         "edit": edit,
+        "edit_per_tensor": lambda: edit(scope="per_tensor", importance=importance),
+        "edit_with_record": lambda: edit(undo=True),
+        "sparse_edit": sparse_edit,
         "select": lambda: ops.topm_select(b, t, m=1000).values,
     }
 
 
-NAMES = ["sample", "sample_filtered", "sample_in_chunks", "logprobs", "project", "gram", "edit"]
+WAITS = ["select"]
+NAMES = ["sample", "sample_filtered", "sample_in_chunks", "sample_by_rows", "logprobs", "project", "project_lists",
+         "project_many", "gram", "edit", "edit_per_tensor", "edit_with_record", "sparse_edit"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_waits_for_the_device(device: torch.device, name: str) -> None:
+    call = calls(device)[name]
+    expected = call()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        actual = call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_same_bits(actual, expected)
 
 
 @pytest.mark.usefixtures("launches")
@@ -277,14 +308,22 @@ def test_a_captured_graph_replays_to_the_same_bits(device: torch.device, name: s
         assert_same_bits(out, expected)
 
 
-def test_the_finite_check_is_refused_inside_a_capture(device: torch.device) -> None:
+def test_what_waits_is_refused_inside_a_capture(device: torch.device) -> None:
     params, base, tuned = (tensors[0].to(device) for tensors in triple(torch.float32, (1000,)))
-    with pytest.raises(RuntimeError, match="check_finite=False"), torch.cuda.graph(torch.cuda.CUDAGraph()):
-        ops.topm_subtract_(params, base, tuned, m=10)
+    order = torch.tensor([[1], [0]], device=device)
+    refused: dict[str, Callable[[], object]] = {
+        "check_finite=False": lambda: ops.topm_subtract_(params, base, tuned, m=10),
+        "Select before": lambda: ops.topm_select(base, tuned, m=10),
+        "order on the device": lambda: ops.project_conflicts(params.view(2, 500), order=order),
+        "257 objectives": lambda: ops.project_conflicts(base[:771].view(257, 3)),
+    }
+    for message, call in refused.items():
+        with pytest.raises(RuntimeError, match=message), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            call()
 
 
 @pytest.mark.usefixtures("launches")
-@pytest.mark.parametrize("name", [*NAMES, "select"])
+@pytest.mark.parametrize("name", [*NAMES, *WAITS])
 def test_small_a_hundred_runs_give_the_same_bits(device: torch.device, name: str) -> None:
     call = calls(device)[name]
     expected = call()
@@ -330,6 +369,14 @@ def test_another_device_than_the_current_one() -> None:
 
 
 @pytest.mark.filterwarnings("default")  # inductor imports what torch has deprecated
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "sample_in_chunks"] + WAITS)
+def test_compiled_calls_give_the_same_bits(device: torch.device, name: str) -> None:
+    call = calls(device)[name]
+    torch.compiler.reset()
+    assert_same_bits(torch.compile(call, fullgraph=True, backend="aot_eager")(), call())
+
+
+@pytest.mark.filterwarnings("default")  # inductor imports what torch has deprecated
 def test_compiled_steps(device: torch.device) -> None:
     base, guide = torch.randn(4, 5000, device=device), torch.randn(4, 5000, device=device)
 
@@ -357,3 +404,12 @@ def test_rows_past_two_to_the_31(device: torch.device) -> None:
     params = torch.zeros(n, dtype=torch.bfloat16, device=device)
     ops.topm_subtract_(params, zeros, tuned, m=1, check_finite=False)
     assert float(params[n - 3]) == -1.0
+    params.zero_()
+    edit = ops.topm_subtract_(params, zeros, tuned, m=1, check_finite=False, undo=True)
+    assert edit.undo is not None
+    assert edit.undo.indices.tolist() == [n - 3]
+    assert float(params[n - 3]) == -1.0
+    zeros[n - 3], tuned[n - 1] = -2.0, 3.0
+    assert ops.gradient_gram([zeros, tuned]).tolist() == [[4.0, -2.0], [-2.0, 10.0]]
+    combined = ops.project_conflicts([zeros, tuned])  # (-2, 0) + 2 / 10 (1, 3), and (1, 3) + 2 / 4 (-2, 0)
+    assert_same_bits(combined[[n - 3, n - 1]].cpu(), torch.tensor([-1.8, 3.6], dtype=torch.bfloat16))

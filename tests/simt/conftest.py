@@ -1,10 +1,9 @@
 """Builds the CUDA kernels for the CPU once, and gives tests their launchers under several schedules.
 
 PROSOCIAL_TEST_KERNELS says which: `source` (`make test`), in the harness; `ptx` (`make ptx`), what nvcc makes of them;
-`gpu` (`benchmarks/gpu_check.sh`), on a GPU that reaches the memory of the CPU's tensors.
+`gpu` (`benchmarks/gpu_check.sh`), on a GPU.
 """
 
-import ctypes
 import fcntl
 import importlib.util
 import os
@@ -20,7 +19,8 @@ import pytest
 import torch
 
 from prosocial_ext import _C
-from prosocial_ext.ops import _cuda
+from prosocial_ext.ops import _cuda, _cuda_projection, _cuda_sampling, _cuda_topm
+from tests.simt.moved import moved
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 # `make sanitize` has a tree of its own, whose harness is sanitized too.
@@ -28,9 +28,8 @@ SANITIZED = "-sanitize" if "sanitize" in Path(_C.__file__).parts else ""
 TREE = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}{SANITIZED}"
 
 KERNELS = os.environ.get("PROSOCIAL_TEST_KERNELS", "source")
-collect_ignore = {"source": ["test_ptx.py"], "ptx": ["test_harness.py"], "gpu": ["test_harness.py", "test_ptx.py"]}[
-    KERNELS
-]
+OF_ONE_FORM = {"source": {"test_harness.py", "test_moved.py"}, "ptx": {"test_ptx.py"}, "gpu": set[str]()}
+collect_ignore = sorted(set[str]().union(*OF_ONE_FORM.values()) - OF_ONE_FORM[KERNELS])
 
 
 def built(name: str) -> ModuleType:
@@ -66,49 +65,32 @@ def ptx() -> ModuleType:
     return built("prosocial_ptx")
 
 
-def pageable_memory_access() -> bool:
-    """Whether the first GPU reads and writes what malloc() gave (heterogeneous memory management, or NVLink)."""
-    driver = ctypes.CDLL("libcuda.so.1")
-    value = ctypes.c_int(0)
-    attribute = 88  # CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS
-    return (
-        driver.cuInit(0) == 0
-        and driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, 0) == 0
-        and value.value == 1
-    )
-
-
 class OnGpu:
-    """The launchers of this build; each call returns when the GPU is done, for its results lie in the CPU's tensors."""
+    """The launchers of this build."""
 
-    def __init__(self) -> None:
-        self.cuda = self
+    cuda = _C.cuda if _cuda.compiled() else None
 
     def counts(self) -> Any:
         """Skip a test that counts launches: those do not depend on where the kernels run."""
         pytest.skip("launches are counted in the harness")
 
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(_C.cuda, name)
-        if not callable(found) or isinstance(found, type):
-            return found
 
-        def call(*arguments: Any) -> Any:
-            result = found(*arguments)
-            torch.cuda.synchronize()
-            return result
-
-        return call
-
-
-@pytest.fixture(scope="session")
-def gpu() -> OnGpu:
-    """The kernels on the first GPU, at the addresses of CPU tensors."""
+@pytest.fixture
+def gpu(request: Any, monkeypatch: pytest.MonkeyPatch) -> OnGpu:
+    """Let the implementations run on the first GPU, with copies of the CPU's tensors."""
     if not torch.cuda.is_available() or not _cuda.compiled():
         pytest.skip("no GPU here, or no kernels in this build")
-    if not pageable_memory_access():
-        pytest.skip("this GPU, or its driver, does not reach pageable memory")
+    if "clusters" in request.node.name and not _C.cuda.sampling_fits_cluster(1, 0, 0):
+        pytest.skip("this GPU has no clusters, or this build no code for them")
+    move_to(torch.device("cuda", 0), monkeypatch)
     return OnGpu()
+
+
+def move_to(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the implementations run on that device, with copies of the CPU's tensors."""
+    for module in (_cuda_projection, _cuda_sampling, _cuda_topm):
+        for name in module.__all__:
+            monkeypatch.setattr(module, name, moved(getattr(module, name), device))
 
 
 @pytest.fixture
@@ -126,5 +108,6 @@ def simt(request: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
         module.set_schedule(seed)
         device = 0 if seed % 2 or "clusters" in request.node.name else 1  # compute capability 9.0 or 8.0
         monkeypatch.setattr(_cuda, "target", lambda tensor: (device, 0))
-    monkeypatch.setattr(_cuda, "launchers", module.cuda)
+    if KERNELS != "gpu":
+        monkeypatch.setattr(_cuda, "launchers", module.cuda)
     return module

@@ -32,7 +32,7 @@ def poisoned(monkeypatch):
 
     def empty(like, size, dtype):
         count = size * dtype.itemsize
-        start = torch.randint(0, 256, (count + 256,), dtype=torch.uint8, generator=generator)
+        start = torch.randint(0, 256, (count + 256,), dtype=torch.uint8, generator=generator).to(like.device)
         start = start[-start.data_ptr() % 256 :][:count]
         return start.view(dtype)
 
@@ -396,12 +396,14 @@ def test_a_missed_bracket_after_edits_says_that_params_are_spoilt(per_tensor, un
 
 
 def test_scratch_of_an_earlier_call_is_as_good_as_new(monkeypatch):
-    memory = torch.randint(0, 256, (1 << 22,), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
-    memory = memory[-memory.data_ptr() % 256 :]
-    empty = cuda._empty
-    monkeypatch.setattr(
-        cuda, "_empty", lambda like, n, dtype: memory[:n] if dtype is torch.uint8 else empty(like, n, dtype)
-    )
+    kept, empty = {}, cuda._empty
+
+    def reused(like, size, dtype):
+        if dtype is not torch.uint8:
+            return empty(like, size, dtype)
+        return kept.setdefault(like.device, empty(like, 1 << 22, dtype))[:size]
+
+    monkeypatch.setattr(cuda, "_empty", reused)
     for seed, dtype in enumerate((torch.bfloat16, torch.float64, torch.bfloat16)):
         tensors = triple([(1500,), (800,)], [dtype] * 3, seed=seed)
         check_edit(*tensors, density=0.1, check_finite=False, hooks=PATHS["too_few"])

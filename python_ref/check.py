@@ -79,13 +79,16 @@ def double(value: Any) -> torch.Tensor:
 
 
 def values(argument: str, value: torch.Tensor, device: torch.device, rule: str = "be real numbers") -> torch.Tensor:
-    """Return a tensor of parameters for a call on ``device``, detached, if it holds numbers that can be read there."""
+    """Return a tensor of parameters for a call on ``device``, detached, if it holds numbers that can be read there.
+
+    A lazily negated tensor is resolved: kernels read what lies in memory.
+    """
     tensor(argument, value)
     if value.is_complex() or value.dtype == torch.bool:
         fail(argument, rule, value.dtype, error=TypeError)
     if value.is_meta and device.type != "meta":
         fail(argument, "hold values", describe(value), f"Pass it on {device}.")
-    return value.detach()
+    return value.detach().resolve_neg()
 
 
 def boolean(argument: str, value: Any) -> bool:

@@ -288,7 +288,7 @@ def check_order_values(order: torch.Tensor, k: int) -> torch.Tensor:
 
 def check_weight_values(weights: torch.Tensor) -> None:
     """Raise, on the CPU, for the first of ``weights`` [groups, k] that is not finite and >= 0."""
-    if weights.device.type != "cpu":
+    if weights.device.type != "cpu" or check.abstract(weights):
         return
     bad = ~(weights.isfinite() & (weights >= 0))
     if bad.any():

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -87,13 +86,14 @@ class _RowKnobs:
             if knob is None or knob.numel() == 0:
                 continue
             knob = knob if i > 3 else knob.to(torch.float32)
-            if knob.device.type == "cpu" and knob.shape[0] == 1:
+            guides = knob.shape[1] if knob.dim() == 2 else 1
+            if knob.device.type == "cpu" and knob.shape[0] == 1 and (guides == 1 or knob.stride(1) == 0):
                 self.same[i] = knob.flatten()[0].item()
                 continue
-            if knob.dim() == 2 and knob.shape[1] > 1 and knob.stride(1) != 1:
+            if guides > 1 and knob.stride(1) != 1:
                 knob = knob.contiguous()
             self.kept.append(knob)
-            self.rows[i] = knob.data_ptr(), knob.stride(0)
+            self.rows[i] = knob.data_ptr(), 0 if knob.shape[0] == 1 else knob.stride(0)
 
     @property
     def arguments(self) -> tuple[Any, ...]:
@@ -109,7 +109,13 @@ class _RowKnobs:
 def sample_rows(
     base: torch.Tensor,
     guide: torch.Tensor | None,
-    knobs: Sequence[torch.Tensor],
+    temperature: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    guidance: torch.Tensor,
+    top_k: torch.Tensor,
+    seed: torch.Tensor,
+    offset: torch.Tensor,
     vocab: int,
     row_in_counter: bool,
     logprobs: bool,
@@ -123,7 +129,7 @@ def sample_rows(
     base = unit_columns(base)
     guide = None if guide is None else unit_columns(guide)
     (base_view, _), (guide_view, guides) = view(base), view(guide)
-    asked = _RowKnobs(*knobs)
+    asked = _RowKnobs(temperature, top_p, min_p, guidance, top_k, seed, offset)
     tokens = torch.empty(rows, dtype=torch.int64, device=device)
     drawn = torch.empty(rows if logprobs else 0, dtype=torch.float32, device=device)
     clusters, filters = _by_cluster(base, vocab), logprobs or asked.may_filter(vocab)

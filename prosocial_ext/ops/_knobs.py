@@ -31,9 +31,10 @@ def knob(name: str, value: Any, rows: int, device: torch.device, dtype: torch.dt
 
 
 def guidance(value: Any, rows: int, guides: int, stacked: bool, device: torch.device) -> torch.Tensor:
-    """Return the strengths of the guides as [B, G] on ``device`` or [1, G] on the CPU, or raise."""
-    one = _is_one_value(value)
-    return arguments.guidance(value, 1 if one else rows, guides, stacked, _CPU if one else device)
+    """Return the strengths of the guides as [B, G] on ``device``, or one number as [1, G] on the CPU, or raise."""
+    if not _is_one_value(value):
+        return arguments.guidance(value, rows, guides, stacked, device)
+    return arguments.guidance(value, 1, min(guides, 1), stacked, _CPU).expand(1, guides)
 
 
 def spread(knob: torch.Tensor, rows: int, device: torch.device) -> torch.Tensor:

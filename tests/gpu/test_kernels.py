@@ -196,6 +196,19 @@ def test_small_gram_matrices_are_the_bits_of_the_cpu(device: torch.device, dtype
         assert_same_bits(ops.gradient_gram(grads.to(device)).cpu(), ops.gradient_gram(grads))
 
 
+def test_small_a_bad_weight_on_the_cpu_raises(device: torch.device) -> None:
+    for grads in (torch.randn(2, 5, device=device), to(device, [torch.randn(5), torch.randn(5)])):
+        with pytest.raises(ValueError, match=r"weights\[1\] must be finite and >= 0, got -1"):
+            ops.project_conflicts(grads, weights=[1.0, -1.0])
+
+
+def test_small_weights_on_the_cpu_are_those_on_the_device(device: torch.device) -> None:
+    grads, weights = torch.randn(300, 3, 20, device=device), torch.rand(300, 3, dtype=torch.float64)
+    for own in (weights, weights[0]):
+        expected = ops.project_conflicts(grads, weights=own.to(device))
+        assert_same_bits(ops.project_conflicts(grads, weights=own), expected)
+
+
 def test_small_lists_of_tensors(device: torch.device) -> None:
     sizes = [(3, 5), (0,), (4097,), (8, 16)]
     grads = [[torch.randn(size) for size in sizes] for _ in range(5)]
@@ -277,6 +290,7 @@ NAMES = ["sample", "sample_filtered", "sample_in_chunks", "sample_by_rows", "log
          "project_many", "gram", "edit", "edit_per_tensor", "edit_with_record", "sparse_edit"]  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_waits_for_the_device(device: torch.device, name: str) -> None:
     call = calls(device)[name]
@@ -308,6 +322,7 @@ def test_a_captured_graph_replays_to_the_same_bits(device: torch.device, name: s
         assert_same_bits(out, expected)
 
 
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 def test_what_waits_is_refused_inside_a_capture(device: torch.device) -> None:
     params, base, tuned = (tensors[0].to(device) for tensors in triple(torch.float32, (1000,)))
     order = torch.tensor([[1], [0]], device=device)
@@ -411,5 +426,5 @@ def test_rows_past_two_to_the_31(device: torch.device) -> None:
     assert float(params[n - 3]) == -1.0
     zeros[n - 3], tuned[n - 1] = -2.0, 3.0
     assert ops.gradient_gram([zeros, tuned]).tolist() == [[4.0, -2.0], [-2.0, 10.0]]
-    combined = ops.project_conflicts([zeros, tuned])  # (-2, 0) + 2 / 10 (1, 3), and (1, 3) + 2 / 4 (-2, 0)
+    (combined,) = ops.project_conflicts([zeros, tuned])  # (-2, 0) + 2 / 10 (1, 3), and (1, 3) + 2 / 4 (-2, 0)
     assert_same_bits(combined[[n - 3, n - 1]].cpu(), torch.tensor([-1.8, 3.6], dtype=torch.bfloat16))

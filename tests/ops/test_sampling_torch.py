@@ -28,9 +28,20 @@ def test_the_registered_ops_pass_opcheck(guides, grad):
         real = [torch.full((rows,), value, requires_grad=grad) for value in (0.9, 0.8, 0.01)]
         strength = torch.full((rows, count), 0.5, requires_grad=grad)
         knobs = [*real, strength, *(torch.full((rows,), value) for value in (7, 3, 4))]
-        opcheck(namespace.guided_sample_rows.default, (base, guide, knobs, 50, True, True))
-        opcheck(namespace.guided_sample_rows.default, (base, guide, knobs, 50, False, False))
+        opcheck(namespace.guided_sample_rows.default, (base, guide, *knobs, 50, True, True))
+        opcheck(namespace.guided_sample_rows.default, (base, guide, *knobs, 50, False, False))
         opcheck(namespace.guided_logprobs.default, (base, guide, real[0].detach(), strength.detach(), 50))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_draws_each_batch_as_a_call_of_its_own():
+    base, temperature = torch.stack([logits(), logits(seed=1)]), torch.tensor([0.5, 2.0])
+
+    def draw(base, temperature):
+        return ops.guided_sample(base, temperature=temperature.expand(3), top_p=0.9, seed=4, return_logprobs=True)
+
+    for result, *expected in zip(torch.vmap(draw)(base, temperature), *map(draw, base, temperature), strict=True):
+        assert_same_bits(result, torch.stack(expected))
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # inductor, on itself

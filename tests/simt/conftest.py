@@ -86,6 +86,13 @@ def gpu(request: Any, monkeypatch: pytest.MonkeyPatch) -> OnGpu:
     return OnGpu()
 
 
+@pytest.fixture
+def on_cpu() -> None:
+    """Skip a test of what lies on the CPU where the cases are moved to a GPU."""
+    if KERNELS == "gpu":
+        pytest.skip("of tensors on the CPU")
+
+
 def move_to(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the implementations run on that device, with copies of the CPU's tensors."""
     for module in (_cuda_projection, _cuda_sampling, _cuda_topm):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from tests.asserts import assert_same_bits
 
 
 class _Move:
@@ -60,3 +63,11 @@ def moved(function: Callable[..., Any], device: torch.device) -> Callable[..., A
             move.end()
 
     return call
+
+
+def assert_torch_agrees(actual: torch.Tensor, expected: torch.Tensor, what: str = "result") -> None:
+    """What torch computes, not the kernels: the same bits on the CPU, nearly the same on a GPU."""
+    if os.environ.get("PROSOCIAL_TEST_KERNELS") == "gpu":
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12, equal_nan=True, msg=what)
+    else:
+        assert_same_bits(actual, expected, what)

@@ -15,6 +15,7 @@ from prosocial_ext.ops import projection as compiled
 from tests.asserts import assert_same_bits
 from tests.ops import test_projection as laws
 from tests.ops.inputs import DTYPES
+from tests.simt.moved import assert_torch_agrees
 
 PATHS = {"registers": 1, "tiles": 2}  # pse::cuda::GramPath
 # Every register kernel; every shape of tiles, cut and whole.
@@ -83,7 +84,8 @@ def assert_all_same_bits(actual: Any, expected: Any) -> None:
     for a, b in zip(outs, wanteds, strict=True):
         assert_same_bits(a, b, "output")
     for name, value in vars(wanted_stats).items():
-        assert_same_bits(getattr(stats, name), value, name)
+        agree = assert_torch_agrees if name.startswith("cosines") else assert_same_bits
+        agree(getattr(stats, name), value, name)
 
 
 def both(on_cuda: OnCuda, grads: Any, **options: Any) -> None:
@@ -176,7 +178,7 @@ def test_more_objectives_take_the_reference(on_cuda, simt, monkeypatch):
     assert on_cuda.project_conflicts(grads) == "_project_elsewhere"
     assert on_cuda.project_conflicts(list(grads)) == "_project_lists_elsewhere"
     assert on_cuda.gradient_gram(list(grads)) == "_gram_lists_elsewhere"
-    assert_same_bits(on_cuda.gradient_gram(grads), reference.gradient_gram(grads))
+    assert_torch_agrees(on_cuda.gradient_gram(grads), reference.gradient_gram(grads))
 
 
 @pytest.mark.parametrize("offset", range(1, 8))
@@ -344,6 +346,7 @@ def test_flags_and_statistics_are_those_of_the_reference(on_cuda, monkeypatch):
     torch.testing.assert_close(stats.cosines, wanted.cosines, equal_nan=True, rtol=0, atol=1e-12)
 
 
+@pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("groups", [0, 1, 300])
 def test_weights_on_the_cpu_travel_as_arguments(simt, groups):
     """No copy between devices: it would wait for the stream. What all groups share travels once."""
@@ -356,6 +359,7 @@ def test_weights_on_the_cpu_travel_as_arguments(simt, groups):
     assert simt.counts()["launches"] - before == (groups > 0)
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_a_bad_weight_on_the_cpu_raises(on_cuda):
     with pytest.raises(ValueError, match=r"weights\[1\] must be finite and >= 0, got -1"):
         on_cuda.project_conflicts(gradients(2, 5), weights=[1.0, -1.0])

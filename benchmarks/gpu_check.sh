@@ -17,6 +17,7 @@ site=$PWD/build/gpu/site
 export PYTHONPATH="$site:$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
 export PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin # compute-sanitizer lies beside nvcc
 failed=()
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$python must be Python 3.11 or later"; exit 1; }
 
 card() {
     "$python" - <<'PY'
@@ -36,27 +37,32 @@ PY
 
 build() {
     local arch
+    echo '{"failed": true}' >"$out/build.json"
     arch=$("$python" -c 'import torch; print("%d%d-real" % torch.cuda.get_device_capability(0))') || return 1
     "$python" -c 'import pybind11' || { echo "pybind11 is missing: $python -m pip install pybind11"; return 1; }
-    PROSOCIAL_CUDA=on PROSOCIAL_CUDA_ARCHS=$arch "$python" setup.py --quiet build --build-base build/gpu \
+    PROSOCIAL_CUDA=on PROSOCIAL_CUDA_ARCHS=$arch timeout 200 "$python" setup.py --quiet build --build-base build/gpu \
         --build-lib "$site" || return 1
     "$python" -m prosocial_ext.cli env --json >"$out/build.json"
 }
 
-# pytest on the card, at most so many seconds; what it counted goes to OUT/<name>.json whether or not all passed. What a
-# torch of another version warns of is no failure here.
+# pytest on the card, at most so many seconds, under the command that PREFIX holds; what it counted until then goes to
+# OUT/<name>.json whether or not all passed. What a torch of another version warns of is no failure here.
+prefix=()
 on_card() {
     local name=$1 seconds=$2 code
     shift 2
-    timeout "$seconds" "$python" -m pytest "$@" -q -m 'not slow' -W default -p no:cacheprovider \
-        -o pythonpath="$site ." --junitxml="$out/$name.xml"
+    "$python" -c 'import pytest, hypothesis' || { echo "missing: $python -m pip install pytest hypothesis"; return 1; }
+    rm -f "$out/$name.xml" "$out/$name.json"
+    # Interrupted, pytest still writes down what it has seen.
+    timeout -s INT -k 10 "$seconds" "${prefix[@]}" "$python" -m pytest "$@" -q -m 'not slow' -W default \
+        -p no:cacheprovider -o pythonpath="$site ." --junitxml="$out/$name.xml"
     code=$?
     "$python" -c '
 import json, os, sys, xml.etree.ElementTree as tree
 path, code = sys.argv[1], int(sys.argv[2])
 suite = next(tree.parse(path).iter("testsuite")).attrib if os.path.exists(path) else {}
 found = {key: suite[key] for key in ("tests", "failures", "errors", "skipped", "time") if key in suite}
-json.dump({"exit": code, "timed_out": code == 124, **found}, open(sys.argv[3], "w"))
+json.dump({"exit": code, "timed_out": code in (124, 137), **found}, open(sys.argv[3], "w"))
 ' "$out/$name.xml" "$code" "$out/$name.json"
     return $code
 }
@@ -64,37 +70,44 @@ json.dump({"exit": code, "timed_out": code == 124, **found}, open(sys.argv[3], "
 # The ops against the ops on the CPU, then all cases of tests/simt, with copies of their tensors on the card.
 tests() {
     local status=0
-    rm -f "$out"/test.xml "$out"/cases.xml
     on_card test 110 tests/gpu || status=1
     PROSOCIAL_TEST_KERNELS=gpu on_card cases 80 tests/simt || status=1
     return $status
 }
 
 bench() {
+    rm -f "$out/bench.json"
     timeout 170 "$python" -m benchmarks.gpu --json "$out/bench.json"
 }
 
-# A sanitizer that refuses the device is recorded; what it finds is a failure, and so is a test that fails under it. torch
+# Every fifth of the small tests, which is some of each family, under each tool: OUT/sanitize-<tool>.json. What a tool finds
+# is a failure, and so is a test that fails under it; one that refuses the device, or runs out of time, is recorded. torch
 # asks for memory tensor by tensor, so that an access beyond one is seen.
 sanitize() {
-    local tool code status=0 results=()
+    local tool status=0 log found
+    rm -f "$out"/sanitize*
     command -v compute-sanitizer >/dev/null || { echo '{"sanitizer": "not found"}' >"$out/sanitize.json"; return 0; }
     for tool in memcheck racecheck initcheck; do
-        PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 45 compute-sanitizer --tool "$tool" --error-exitcode 99 \
-            --log-file "$out/sanitize-$tool.log" "$python" -m pytest tests/gpu -q -k 'small and not hundred' -W default \
-            -p no:cacheprovider -o pythonpath="$site ." >"$out/sanitize-$tool.txt" 2>&1
-        code=$?
-        if grep -qi 'device not supported' "$out/sanitize-$tool.log" 2>/dev/null; then
-            results+=("\"$tool\": \"device not supported\"")
-        elif [ $code -eq 124 ]; then
-            results+=("\"$tool\": \"timed out\"")
-            grep -q '========= .*\(Invalid\|hazard\|Uninitialized\)' "$out/sanitize-$tool.log" 2>/dev/null && status=1
-        else
-            results+=("\"$tool\": $code")
-            [ $code -ne 0 ] && status=1
-        fi
-        (IFS=,; printf '{%s}\n' "${results[*]}") >"$out/sanitize.json"
+        log=$out/sanitize-$tool.log
+        prefix=(compute-sanitizer --tool "$tool" --error-exitcode 99 --log-file "$log")
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 PROSOCIAL_GPU_TESTS_EVERY=5 \
+            on_card "sanitize-$tool" 45 tests/gpu -k 'small and not hundred' >"$out/sanitize-$tool.txt" 2>&1
+        found=$(grep -E '========= *(Invalid|.*hazard|Uninitialized)' "$log" 2>/dev/null | head -n 1)
+        "$python" -c '
+import json, sys
+path, found, log = sys.argv[1:]
+result = json.load(open(path))
+result["failed"] = bool(found) or int(result.get("failures", 0)) + int(result.get("errors", 0)) > 0
+if found:
+    result["found"] = found
+elif result["exit"] and not result["failed"] and not result["timed_out"]:
+    result["says"] = log
+json.dump(result, open(path, "w"))
+sys.exit(result["failed"])
+' "$out/sanitize-$tool.json" "$found" "$(tail -n 3 "$log" 2>/dev/null)" || status=1
+        cat "$out/sanitize-$tool.json" && echo
     done
+    prefix=()
     return $status
 }
 

@@ -273,6 +273,7 @@ def calls(device: torch.device) -> dict[str, Callable[[], torch.Tensor]]:
             base, guide, guidance=strength, temperature=0.8, top_p=0.9, seed=seeds, offset=5, return_logprobs=True
         )[1],
         "logprobs": lambda: ops.guided_logprobs(base, guide),
+        "logprobs_in_double": lambda: ops.guided_logprobs(base.double(), guide),
         "project": lambda: ops.project_conflicts(grads, seed=2),
         "project_lists": lambda: ops.project_conflicts(list(grads), weights=[0.1, 0.2, 0.3, 0.2, 0.2], order=order)[0],
         "project_many": lambda: ops.project_conflicts(grads.view(25, 8000), order="fixed"),
@@ -286,8 +287,9 @@ def calls(device: torch.device) -> dict[str, Callable[[], torch.Tensor]]:
 
 
 WAITS = ["select"]
-NAMES = ["sample", "sample_filtered", "sample_in_chunks", "sample_by_rows", "logprobs", "project", "project_lists",
-         "project_many", "gram", "edit", "edit_per_tensor", "edit_with_record", "sparse_edit"]  # fmt: skip
+NAMES = ["sample", "sample_filtered", "sample_in_chunks", "sample_by_rows", "logprobs", "logprobs_in_double",
+         "project", "project_lists", "project_many", "gram", "edit", "edit_per_tensor", "edit_with_record",
+         "sparse_edit"]  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
@@ -410,6 +412,10 @@ def test_rows_past_two_to_the_31(device: torch.device) -> None:
     base = torch.full((rows, vocab), -5.0, dtype=torch.bfloat16, device=device)
     base[rows - 1, 123_456] = 30.0
     assert int(ops.guided_sample(base, seed=0)[-1]) == 123_456
+    logprobs = ops.guided_logprobs(base)
+    assert -1e-6 < float(logprobs[rows - 1, 123_456]) <= 0
+    assert -12.5 < float(logprobs[rows - 2, vocab - 1]) < -12.4  # -ln 250000
+    del base, logprobs
     n = (1 << 31) + 1000
     zeros, tuned = (
         torch.zeros(n, dtype=torch.bfloat16, device=device),
@@ -424,6 +430,10 @@ def test_rows_past_two_to_the_31(device: torch.device) -> None:
     assert edit.undo is not None
     assert edit.undo.indices.tolist() == [n - 3]
     assert float(params[n - 3]) == -1.0
+    delta = ops.topm_select(zeros, tuned, m=1)
+    assert (delta.indices.tolist(), delta.values.tolist()) == ([n - 3], [1.0])
+    ops.sparse_subtract_(params, delta)
+    assert float(params[n - 3]) == -2.0
     zeros[n - 3], tuned[n - 1] = -2.0, 3.0
     assert ops.gradient_gram([zeros, tuned]).tolist() == [[4.0, -2.0], [-2.0, 10.0]]
     (combined,) = ops.project_conflicts([zeros, tuned])  # (-2, 0) + 2 / 10 (1, 3), and (1, 3) + 2 / 4 (-2, 0)

@@ -99,7 +99,7 @@ struct Drawn {
 
 // By the last block of a row, when the kept masses of its chunks are there.
 template <int kThreads>
-PSE_DEVICE Drawn draw(const Job& a, int64_t row, const Row& r) {
+PSE_DEVICE Drawn draw(const Job& a, int64_t row) {
     const int64_t first = row * a.chunks;
     const uint64_t kept_mass = sum_of<kThreads>(int(a.chunks), [&](int i) { return load(a.kept, first + i); });
     const uint64_t threshold = mulhi64(word_of(a, row), kept_mass);
@@ -242,7 +242,7 @@ sampling_weigh(Job a) {
     }
     const Row r = read_row(a, row);
     // Greedy: the first of the best is the first at which their running sum exceeds 0.
-    const Drawn drawn = greedy ? Drawn{first_chunk_of(a, row, best), 0} : draw<kThreads>(a, row, r);
+    const Drawn drawn = greedy ? Drawn{first_chunk_of(a, row, best), 0} : draw<kThreads>(a, row);
     find_in_chunk<kThreads, kGroups>(a, row, scale_of(best, r.c), {greedy ? best : kKeyOfMinusInfinity, r.floor},
                                      drawn);
 }
@@ -380,7 +380,7 @@ sampling_settle(Job a) {
         if (lane() == 0 && more > 0) store(a.kept, at, load(a.kept, at) + more);
     }
     sync_block();
-    const Drawn drawn = draw<kThreads>(a, row, r);
+    const Drawn drawn = draw<kThreads>(a, row);
     find_in_chunk<kThreads, kGroups>(a, row, s, chosen, drawn);
 }
 

@@ -119,7 +119,7 @@ struct Block {
     Meeting barrier;
     std::vector<Meeting> warps;
     int64_t shared_bytes = 0;
-    uint8_t arrivals = 0;
+    uint16_t arrivals = 0;
     std::map<int64_t, uint32_t> seen;  // block -> how many of its arrivals this one has seen completed
     std::vector<std::unique_ptr<Fiber>> fibers;
     std::map<const void*, SharedStore> shared;
@@ -135,7 +135,7 @@ struct Cluster {
 
 struct Arrival {
     int64_t block;
-    uint8_t arrivals;
+    uint16_t arrivals;
 };
 
 struct Page {

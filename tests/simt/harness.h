@@ -73,7 +73,7 @@ struct Access {
     uint32_t block_epoch = 0;  // barriers that the thread's block had passed
     uint32_t warp_epoch = 0;   // sync_warp()s that its warp had passed
     uint16_t thread = 0;
-    uint8_t arrivals = 0;  // last_block()s that its block had entered
+    uint16_t arrivals = 0;  // last_block()s that its block had entered
     bool atomic = false;
 };
 struct Shadow {

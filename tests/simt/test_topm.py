@@ -5,12 +5,15 @@ import warnings
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from prosocial_ext.reference import raise_if_bad
 from prosocial_ext.reference.philox import uniform_u64
 
 from prosocial_ext import reference
 from prosocial_ext.ops import _cuda_topm as cuda
 from tests.asserts import assert_same_bits
+from tests.ops.inputs import zero_pages
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INF, NAN = float("inf"), float("nan")
@@ -321,9 +324,10 @@ def test_number_of_blocks_changes_no_bit(blocks, monkeypatch):
     check_edit(*tensors, density=0.2, check_finite=False, hooks=SAMPLE)
 
 
-def test_many_small_tensors_with_odd_offsets():
-    storage = triple([(3000,)], [torch.bfloat16] * 3)
-    sizes = [(0, 1, 7, 31, 64)[i % 5] for i in range(60)]
+@pytest.mark.parametrize("count", [60, 900])
+def test_many_small_tensors_with_odd_offsets(count):
+    storage = triple([(50 * count,)], [torch.bfloat16] * 3)
+    sizes = [(0, 1, 7, 31, 64)[i % 5] for i in range(count)]
 
     def cut(flat):
         return [flat[sum(sizes[:i]) + 1 : sum(sizes[:i]) + 1 + n] for i, n in enumerate(sizes)]
@@ -337,6 +341,22 @@ def test_many_small_tensors_with_odd_offsets():
         assert_same_bits(actual, expected)
         for a, e in zip(outputs, wanted, strict=True):
             assert_same_bits(a, e)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_small_list_has_the_bits_of_the_reference(data):
+    sizes = data.draw(st.lists(st.integers(0, 70), min_size=1, max_size=4).filter(sum))
+    levels = data.draw(st.sampled_from([2, 5, 1000]))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    params, base, tuned = (
+        [torch.randint(-levels, levels, (n,), generator=generator) / 8 for n in sizes] for _ in range(3)
+    )
+    check_edit(
+        params, base, tuned, m=data.draw(st.integers(0, sum(sizes))), undo=data.draw(st.booleans()),
+        check_finite=data.draw(st.booleans()), scale=data.draw(st.sampled_from([1.0, -0.3])),
+        hooks=data.draw(st.sampled_from(sorted(PATHS.values()))),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("offsets", [(3, 0, 1), (8, 8, 8)], ids=str)
@@ -615,6 +635,19 @@ def test_a_damaged_delta_writes_nothing_and_is_flagged(field, value, tensor, fla
     assert edit.undo.bits.tolist() == [0] * 4
     with pytest.raises(ValueError, match=message):
         raise_if_bad(edit)
+
+
+@pytest.mark.usefixtures("on_cpu")  # 4 GB would be moved
+def test_a_sparse_edit_reaches_entries_past_2_to_the_31():
+    params = zero_pages(2**31 + 100)
+    delta = selected([torch.zeros(3)], [torch.tensor([1.0, 2.0, 3.0])], m=3)
+    places = torch.tensor([7, 2**31 - 1, 2**31 + 99])
+    far = dataclasses.replace(
+        delta, indices=places, values=torch.tensor([1.0, 2.0, 3.0]), shapes=((2**31 + 100,),), dtypes=(torch.bfloat16,)
+    )
+    edit = subtract_sparse([params], far, undo=True)
+    assert params[places].tolist() == [-1.0, -2.0, -3.0]
+    assert edit.undo.indices.tolist() == places.tolist()
 
 
 def test_one_damaged_entry_among_thousands_is_found():

@@ -21,7 +21,7 @@ CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test ptx build lint format bench sanitize clean
+.PHONY: help demo test ptx build lint format bench sanitize release clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /\1\t/' | \
@@ -56,14 +56,18 @@ bench: build ## measure the ops against their peers and this machine's memory
 # The reference is torch's code, not ours: its runs are left out. Python itself leaks, so leaks are not looked for.
 # libstdc++ comes first with the sanitizer, which must find it to follow exceptions; python does not load it itself.
 # --capture=sys lets the sanitizers' reports through, which go to the file descriptor just before the process dies.
+# Another seed, so that the CUDA kernels meet two schedules in a run of all checks.
 sanitize: build ## run the kernels' tests under the address and undefined-behaviour sanitizers
 	PROSOCIAL_SANITIZE=1 PROSOCIAL_CUDA=off $(PY) setup.py --quiet build \
 	  --build-base build/sanitize --build-lib build/sanitize/site
 	PROSOCIAL_TEST_ISA="$$($(PY) -c 'import prosocial_ext._C as c; print(c.available_isas()[-1])')" \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PROSOCIAL_SIMT_SEED=sanitize \
 	  $(PYTEST) $(SANITIZE_TESTS) --capture=sys -o pythonpath='build/sanitize/site .' \
 	  -m 'not slow' -k 'not ([reference or -reference)'
+
+release: $(EQUIPPED) ## build sdist and wheel for all GPU architectures, warnings and spills as errors
+	PROSOCIAL_CUDA=on PROSOCIAL_CUDA_STRICT=1 $(PY) -m build --outdir dist .
 
 clean: ## remove what was built (.venv stays)
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .hypothesis .benchmarks

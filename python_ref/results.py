@@ -55,6 +55,8 @@ class TopmEdit:
     def revert_(self, params: torch.Tensor | Iterable[torch.Tensor]) -> None:
         """Restore every bit that the edit changed. Version counters are bumped as by the edit.
 
+        On CUDA the call waits for the device, and a graph cannot capture it.
+
         Args:
             params: The params that were edited, or equally shaped ones that hold the same values.
 

@@ -48,11 +48,11 @@ def checked(error: int) -> None:
     )
 
 
-def refuse_capture(tensor: torch.Tensor, what: str, remedy: str) -> None:
-    """Raise inside the capture of a CUDA graph, for a call that waits for the device of ``tensor``.
+def refuse_capture(on_cuda: bool, what: str, remedy: str) -> None:
+    """Raise inside the capture of a CUDA graph, for a call that waits for the device.
 
     Raises:
         RuntimeError: the current stream is being captured.
     """
-    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+    if on_cuda and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(f"{what}, which a CUDA graph cannot capture. {remedy}")

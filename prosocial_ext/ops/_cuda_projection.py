@@ -141,7 +141,7 @@ def _run(
         call.set(weights=weights)
     if order is not None and k > 1:
         what = "project_conflicts reads an order on the device back"
-        _cuda.refuse_capture(order, what, "Pass it on the CPU, or order='random' or 'fixed'.")
+        _cuda.refuse_capture(order.is_cuda, what, "Pass it on the CPU, or order='random' or 'fixed'.")
         others = reference.check_order_values(order, k).flatten()
         packed = torch.zeros(-(-others.numel() // 4) * 4, dtype=torch.int16, device="cpu")
         packed[: others.numel()] = others
@@ -153,7 +153,7 @@ def _run(
 def _refuse_capture_of_reference(like: torch.Tensor, k: int) -> None:
     most = _cuda.launchers.projection_most_objectives
     what = f"project_conflicts of {k} objectives runs the reference, which waits for the device"
-    _cuda.refuse_capture(like, what, f"Pass at most {most}, or project before the capture.")
+    _cuda.refuse_capture(like.is_cuda, what, f"Pass at most {most}, or project before the capture.")
 
 
 def project(

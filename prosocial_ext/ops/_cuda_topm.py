@@ -37,7 +37,7 @@ def subtract_cuda(
     """
     if check_finite:
         what = "topm_subtract_ with check_finite=True reads a flag back"
-        _cuda.refuse_capture(params[0], what, "Pass check_finite=False.")
+        _cuda.refuse_capture(params[0].is_cuda, what, "Pass check_finite=False.")
     size = sum(m) if undo else 0
     one_pass = size > 0 or (not check_finite and may_edit_while_looking(params, base, tuned, scale))
     prepared = _Prepared(params, base, tuned, importance, m, per_tensor, scale, one_pass=one_pass, hooks=hooks)
@@ -62,7 +62,7 @@ def select_cuda(
     hooks: int = 0,
 ) -> tuple[Tensor, ...]:
     """Implement ``topm_select`` on CUDA. Synchronises: a selection has exactly m entries, or is refused."""
-    _cuda.refuse_capture(base[0], "topm_select reads a flag back", "Select before the capture.")
+    _cuda.refuse_capture(base[0].is_cuda, "topm_select reads a flag back", "Select before the capture.")
     prepared = _Prepared(None, base, tuned, importance, m, per_tensor, 1.0, one_pass=False, hooks=hooks)
     indices, values = prepared.record(sum(m), prepared.threshold.dtype)
     prepared.settle()

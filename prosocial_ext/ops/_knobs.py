@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from prosocial_ext.ops import _cuda
 from prosocial_ext.reference import sampling_arguments as arguments
 
 __all__ = ["guidance", "knob", "spread", "tables"]
@@ -24,17 +25,26 @@ def _is_one_value(value: Any) -> bool:
     return not torch.compiler.is_compiling()  # it would make a graph per value, and fuses what fills the tensors
 
 
+def _refuse_copy_inside_a_capture(name: str, value: Any, device: torch.device) -> None:
+    if isinstance(value, torch.Tensor) and value.device != device and not torch.compiler.is_compiling():
+        what = f"{name} is on {value.device} and must be copied"
+        _cuda.refuse_capture(device.type == "cuda", what, f"Pass it on {device}.")
+
+
 def knob(name: str, value: Any, rows: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """Return a parameter as [B] on ``device`` or [1] on the CPU, or raise."""
-    one = _is_one_value(value)
-    return arguments.knob(name, value, 1 if one else rows, _CPU if one else device, dtype)
+    if _is_one_value(value):
+        return arguments.knob(name, value, 1, _CPU, dtype)
+    _refuse_copy_inside_a_capture(name, value, device)
+    return arguments.knob(name, value, rows, device, dtype)
 
 
 def guidance(value: Any, rows: int, guides: int, stacked: bool, device: torch.device) -> torch.Tensor:
     """Return the strengths of the guides as [B, G] on ``device``, or one number as [1, G] on the CPU, or raise."""
-    if not _is_one_value(value):
-        return arguments.guidance(value, rows, guides, stacked, device)
-    return arguments.guidance(value, 1, min(guides, 1), stacked, _CPU).expand(1, guides)
+    if _is_one_value(value):
+        return arguments.guidance(value, 1, min(guides, 1), stacked, _CPU).expand(1, guides)
+    _refuse_copy_inside_a_capture("guidance", value, device)
+    return arguments.guidance(value, rows, guides, stacked, device)
 
 
 def spread(knob: torch.Tensor, rows: int, device: torch.device) -> torch.Tensor:

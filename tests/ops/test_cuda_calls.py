@@ -76,6 +76,15 @@ def test_only_kernels_of_our_own_are_launched_and_nothing_is_copied(name: str) -
         assert calls.launches == []
 
 
+@pytest.mark.parametrize("name", ["guidance", "temperature", "top_k", "seed"])
+def test_inside_a_capture_values_per_row_on_the_cpu_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    message = rf"{name} is on cpu and must be copied, which a CUDA graph cannot capture. Pass it on cuda:0\."
+    with FakeTensorMode(), pytest.raises(RuntimeError, match=message):
+        ops.guided_sample(logits(), logits(), **{name: torch.ones(4, dtype=torch.int64)})
+
+
 def test_copies_and_launches_are_noticed() -> None:
     with FakeTensorMode(), Calls() as calls:
         ops.guided_sample(logits(), temperature=torch.ones(4), top_p=torch.ones(4, dtype=torch.float64, device="cuda"))

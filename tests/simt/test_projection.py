@@ -374,6 +374,7 @@ def test_inside_a_capture_what_waits_is_refused(simt, order, k, message, form, m
     knobs = (None, order if isinstance(order, torch.Tensor) else None, "fixed", 0, "sum", False)
     grads = gradients(k, 4)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(_cuda, "target", lambda tensor: (0, 0))
     project, arguments = {

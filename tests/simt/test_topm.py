@@ -443,6 +443,7 @@ def test_an_edit_that_does_not_check_does_not_read_back(monkeypatch):
 @pytest.mark.parametrize("what", ["subtract", "select"])
 def test_inside_a_capture_what_reads_back_is_refused(what, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     one = [torch.ones(3)]
     if what == "subtract":

@@ -106,7 +106,11 @@ def knob(name: str, value: Any, rows: int, device: torch.device, dtype: torch.dt
 
 
 def _filled(shape: tuple[int, ...], value: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A tensor of one value. By multiplication, since torch.full would make torch.compile specialise on the value."""
+    """A tensor of one value."""
+    if not torch.compiler.is_compiling():
+        number = value if dtype == torch.int64 else float(value)
+        return torch.full(shape, number, dtype=dtype, device=device)
+    # By multiplication, since torch.full would make torch.compile specialise on the value.
     if dtype == torch.int64:
         return torch.ones(shape, dtype=torch.int64, device=device) * value
     exact = torch.ones(shape, dtype=torch.float64, device=check.float64_device(device)) * float(value)

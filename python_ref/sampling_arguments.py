@@ -106,12 +106,12 @@ def knob(name: str, value: Any, rows: int, device: torch.device, dtype: torch.dt
 
 
 def _filled(shape: tuple[int, ...], value: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A tensor of one value."""
-    if not torch.compiler.is_compiling():
-        number = value if dtype == torch.int64 else float(value)
-        return torch.full(shape, number, dtype=dtype, device=device)
-    # By multiplication, since torch.full would make torch.compile specialise on the value.
-    if dtype == torch.int64:
+    """A tensor of one value, rounded once; a float beyond fp32 becomes infinite."""
+    whole = dtype == torch.int64
+    if not torch.compiler.is_compiling() and (whole or abs(value) <= torch.finfo(torch.float32).max):
+        return torch.full(shape, value if whole else float(value), dtype=dtype, device=device)
+    # torch.full refuses such floats, and would make torch.compile specialise on the value.
+    if whole:
         return torch.ones(shape, dtype=torch.int64, device=device) * value
     exact = torch.ones(shape, dtype=torch.float64, device=check.float64_device(device)) * float(value)
     return exact.to(dtype).to(device)

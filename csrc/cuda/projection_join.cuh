@@ -45,7 +45,7 @@ PSE_DEVICE void join_runs(const Arrays& a, int64_t group, int64_t pair) {
 }
 
 // The end of a thread block that has added its share of a run: `shares` of them make the run.
-PSE_DEVICE void join_inline(const Arrays& a, int64_t group, int64_t run, int64_t shares) {
+PSE_DEVICE void join_inline(const Arrays& a, int64_t group, int64_t run, int64_t shares PSE_CALLER) {
     if (!last_block(a.tickets, group * a.tickets_per_group + run, uint32_t(shares))) return;
     for (int64_t pair = thread(); pair < a.pairs; pair += threads()) join_run(a, group, run, pair);
     if (a.runs > 1 && !last_block(a.tickets, (group + 1) * a.tickets_per_group - 1, uint32_t(a.runs))) return;

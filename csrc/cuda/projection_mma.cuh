@@ -151,7 +151,7 @@ PSE_DEVICE void add_piece(const Piece& piece, Shared<int64_t> addresses, int row
 }
 
 // Each warp's sums to the warp `step` before it, which adds them to its own: join_lanes(), down to lanes 0 and 1.
-PSE_DEVICE void join_warps(Shared<uint16_t> ring, int step, TileSums& sum) {
+PSE_DEVICE void join_warps(Shared<uint16_t> ring, int step, TileSums& sum PSE_CALLER) {
     const auto place = [&](int i, int j, int v, int e) {
         const int at = ((i * Super::kRights + j) * Super::kOwn + v) * 4 + e;
         return ((at * step + warp() % step) * kWarp + lane()) * 4;

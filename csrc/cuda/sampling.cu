@@ -123,13 +123,13 @@ PSE_DEVICE void find_in_chunk(const Job& a, int64_t row, const Scale& s, const K
 // ---- 2. weigh
 
 // Every warp finds these for itself, which saves barriers: a row has few chunks.
-PSE_DEVICE int32_t row_best(const Job& a, int64_t row) {
+PSE_DEVICE int32_t row_best(const Job& a, int64_t row PSE_CALLER) {
     int32_t best = INT32_MIN;
     for (uint32_t i = uint32_t(lane()); i < a.chunks; i += kWarp)
         best = Larger()(best, load(a.best, row * a.chunks + i));
     return warp_reduce(best, Larger());
 }
-PSE_DEVICE int first_chunk_of(const Job& a, int64_t row, int32_t best) {
+PSE_DEVICE int first_chunk_of(const Job& a, int64_t row, int32_t best PSE_CALLER) {
     uint32_t first = a.chunks;
     for (uint32_t i = uint32_t(lane()); i < a.chunks; i += kWarp)
         if (load(a.best, row * a.chunks + i) == best) first = Smaller()(first, i);
@@ -257,7 +257,7 @@ struct Listed {
     Scale s;
 
     template <bool kByMass>
-    PSE_METHOD int32_t select(int bin, uint64_t target) const {
+    PSE_METHOD int32_t select(int bin, uint64_t target PSE_CALLER) const {
         constexpr int64_t kRound = int64_t(kThreads) * (4096 / kThreads - 1);  // keys between two looks at the sums
         PSE_SHARED(uint32_t, low, kThreads);
         PSE_SHARED(uint32_t, high, kThreads);
@@ -293,7 +293,7 @@ struct Listed {
         });
     }
 
-    PSE_METHOD uint64_t mass(int bin, int32_t key) const {
+    PSE_METHOD uint64_t mass(int bin, int32_t key PSE_CALLER) const {
         uint64_t own = 0;
         for (int64_t i = thread(); i < n; i += kThreads) {
             const float z = float_of_key(load(list, i));

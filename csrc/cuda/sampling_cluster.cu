@@ -33,7 +33,7 @@ struct Exchange {
     };
 
     // A note of each block, given alike by all of its threads, to the lane of its rank; 0 to the lanes beyond.
-    PSE_METHOD Note tell(uint64_t first, uint64_t second = 0) {
+    PSE_METHOD Note tell(uint64_t first, uint64_t second = 0 PSE_CALLER) {
         if (thread() == 0) {
             store(notes, 2 * turn, first);
             store(notes, 2 * turn + 1, second);
@@ -49,7 +49,7 @@ struct Exchange {
     }
 
     // The sum over the blocks of a value of this thread.
-    PSE_METHOD uint64_t sum(uint64_t own) {
+    PSE_METHOD uint64_t sum(uint64_t own PSE_CALLER) {
         store(digits, turn * kThreads + thread(), own);
         cluster_sync();
         uint64_t all = 0;
@@ -154,7 +154,7 @@ struct Held {
     PSE_METHOD uint32_t below_best(float z) const { return uint32_t(s.best_key) - uint32_t(key_of(z)); }
 
     template <bool kByMass>
-    PSE_METHOD int32_t select(int bin, uint64_t target) {
+    PSE_METHOD int32_t select(int bin, uint64_t target PSE_CALLER) {
         uint32_t nearest = UINT32_MAX, farthest = 0;
         slice.each([&](float best) { return s.bin(best) <= bin; },
                    [&](float z) {
@@ -191,7 +191,7 @@ struct Held {
         });
     }
 
-    PSE_METHOD uint64_t mass(int bin, int32_t key) {
+    PSE_METHOD uint64_t mass(int bin, int32_t key PSE_CALLER) {
         uint64_t own = 0;
         slice.each([&](float best) { return key_of(best) >= key; },
                    [&](float z) {

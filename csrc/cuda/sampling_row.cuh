@@ -84,7 +84,7 @@ struct Smaller {
 
 // Joins a value of every lane; all lanes get the result.
 template <class T, class Join>
-PSE_DEVICE T warp_reduce(T x, Join join) {
+PSE_DEVICE T warp_reduce(T x, Join join PSE_CALLER) {
     PSE_UNROLL
     for (int by = kWarp / 2; by > 0; by /= 2) x = join(x, shuffle_xor(x, by));
     return x;
@@ -92,7 +92,7 @@ PSE_DEVICE T warp_reduce(T x, Join join) {
 
 // The sum over this lane and those below.
 template <class T>
-PSE_DEVICE T warp_inclusive(T x) {
+PSE_DEVICE T warp_inclusive(T x PSE_CALLER) {
     PSE_UNROLL
     for (int by = 1; by < kWarp; by *= 2) {
         const T lower = shuffle_up(x, by);
@@ -103,7 +103,7 @@ PSE_DEVICE T warp_inclusive(T x) {
 
 // Joins a value of every thread; all threads get the result.
 template <int kThreads, class T, class Join>
-PSE_DEVICE T block_reduce(T x, Join join) {
+PSE_DEVICE T block_reduce(T x, Join join PSE_CALLER) {
     constexpr int kWarps = kThreads / kWarp;
     PSE_SHARED(T, parts, kWarps);
     x = warp_reduce(x, join);
@@ -122,7 +122,7 @@ struct Prefix {
 };
 
 template <int kThreads, class T>
-PSE_DEVICE Prefix<T> block_prefix(T own) {
+PSE_DEVICE Prefix<T> block_prefix(T own PSE_CALLER) {
     constexpr int kWarps = kThreads / kWarp;
     PSE_SHARED(T, sums, kWarps);
     const T inclusive = warp_inclusive(own);
@@ -141,7 +141,7 @@ struct Reached {
 
 // value(i) for i in [0, n); target >= 1.
 template <int kThreads, class T, class Value>
-PSE_DEVICE Reached<T> first_reaching(int n, T target, const Value& value) {
+PSE_DEVICE Reached<T> first_reaching(int n, T target, const Value& value PSE_CALLER) {
     PSE_SHARED(int, found, 1);
     PSE_SHARED(T, sum_before, 1);
     const int each = (n + kThreads - 1) / kThreads;
@@ -166,7 +166,7 @@ PSE_DEVICE Reached<T> first_reaching(int n, T target, const Value& value) {
 
 // The sum of value(i) over [0, n).
 template <int kThreads, class Value>
-PSE_DEVICE uint64_t sum_of(int n, const Value& value) {
+PSE_DEVICE uint64_t sum_of(int n, const Value& value PSE_CALLER) {
     uint64_t own = 0;
     for (int i = thread(); i < n; i += kThreads) own += value(i);
     return block_reduce<kThreads>(own, Sum());
@@ -517,7 +517,7 @@ PSE_HD constexpr int digit_bits() {
 // the keys whose distance begins with `digits` and goes on with this thread's digit at `shift`.
 template <int kThreads, class Measure>
 PSE_DEVICE int32_t search_key(int32_t best_key, uint32_t nearest, uint32_t farthest, uint64_t target,
-                              const Measure& measure) {
+                              const Measure& measure PSE_CALLER) {
     constexpr int kDigitBits = digit_bits<kThreads>();
     static_assert(1 << kDigitBits == kThreads, "blocks are of 64, 256 or 512 threads");
     PSE_SHARED(uint32_t, chosen, 1);

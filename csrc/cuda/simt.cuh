@@ -30,6 +30,7 @@ namespace simt {
 #define PSE_COPIED_SHARED(T, name, count) __shared__ alignas(16) T name[count]  // for copies and vectors
 #define PSE_LAUNCHED_SHARED(T, name) extern __shared__ T name[]  // as many as launch_clusters() was told: one a kernel
 #define PSE_UNROLL _Pragma("unroll")
+#define PSE_CALLER  // ends the parameters of a function that holds collectives: the harness then knows who calls it
 
 constexpr int kWarp = 32;
 constexpr uint32_t kAllLanes = 0xffffffffu;

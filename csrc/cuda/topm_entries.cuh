@@ -478,14 +478,14 @@ PSE_DEVICE void put_param(const TensorRow& t, int64_t i, int64_t bits) {
 // ---- sums over a block; every thread takes part
 
 template <class T>
-PSE_DEVICE T warp_sum(T x) {
+PSE_DEVICE T warp_sum(T x PSE_CALLER) {
     for (int by = kWarp / 2; by > 0; by /= 2) x += shuffle_down(x, by);
     return shuffle(x, 0);
 }
 
 // The sum of x over the lanes up to this one.
 template <class T>
-PSE_DEVICE T scan_warp(T x) {
+PSE_DEVICE T scan_warp(T x PSE_CALLER) {
     for (int by = 1; by < kWarp; by *= 2) {
         const T other = shuffle_up(x, by);
         if (lane() >= by) x += other;
@@ -495,7 +495,7 @@ PSE_DEVICE T scan_warp(T x) {
 
 // The sum of x over the threads before this one; `total` is over all. `sums` holds kWarps values.
 template <class T>
-PSE_DEVICE T scan_block(Shared<T> sums, T x, T* total) {
+PSE_DEVICE T scan_block(Shared<T> sums, T x, T* total PSE_CALLER) {
     const T inclusive = scan_warp(x);
     sync_block();  // the sums of an earlier scan have been read
     if (lane() == kWarp - 1) store(sums, warp(), inclusive);
@@ -512,7 +512,7 @@ PSE_DEVICE T scan_block(Shared<T> sums, T x, T* total) {
 }
 
 // Adds a per-thread count to a counter of tensor or group: one atomic per warp that has any.
-PSE_DEVICE void add_count(Global<int64_t> counters, int64_t i, int64_t mine) {
+PSE_DEVICE void add_count(Global<int64_t> counters, int64_t i, int64_t mine PSE_CALLER) {
     const int64_t sum = warp_sum(mine);
     if (lane() == 0 && sum != 0) atomic_add(counters, i, sum);
 }

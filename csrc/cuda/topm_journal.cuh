@@ -107,7 +107,7 @@ struct Journal {
 
     // Writes it all; before the group changes, and at the end.
     template <class Key>
-    PSE_METHOD void close(const View<Key>& v, int64_t g) {
+    PSE_METHOD void close(const View<Key>& v, int64_t g PSE_CALLER) {
         if (pending == 0) return;
         const int64_t first = load(v.group(g), kJournalFirst), end = first + load(v.group(g), kM);
         int64_t slot = 0;
@@ -161,7 +161,7 @@ constexpr int kAtOnce = 4;                // of these the first edited are on th
 static_assert(kRows * kWarps * kRow == kLargestChunk, "a block has all rows of a chunk");
 
 // The sum of x over this lane and those before it that have the same row.
-PSE_DEVICE int scan_row(int x) {
+PSE_DEVICE int scan_row(int x PSE_CALLER) {
     PSE_UNROLL
     for (int by = 1; by < kRowLanes; by *= 2) {
         const int other = shuffle_up(x, by);

@@ -66,7 +66,7 @@ PSE_DEVICE void close_problem(const View<Key>& v, int64_t g, int which, Bound<Ke
 // block. What was not counted has the last key of the range. A whole block calls.
 template <class Key>
 PSE_DEVICE void keep_part(const View<Key>& v, int64_t g, int which, const Problem<Key>& x, int64_t (&mine)[kBinsPer],
-                          Shared<int64_t> sums) {
+                          Shared<int64_t> sums PSE_CALLER) {
     const Global<int64_t> words = v.problem_of(g, which);
     const int shift = x.shift(), first = thread() * kBinsPer;
     int64_t sum = 0, total;
@@ -111,11 +111,11 @@ PSE_DEVICE void take_parts(Global<int64_t> histogram, int64_t (&mine)[kBinsPer])
     }
 }
 
-PSE_DEVICE void clear_bins(Shared<uint32_t> bins, int count) {
+PSE_DEVICE void clear_bins(Shared<uint32_t> bins, int count PSE_CALLER) {
     for (int b = thread(); b < count; b += kThreads) store(bins, b, 0u);
     sync_block();
 }
-PSE_DEVICE void add_bins(Shared<uint32_t> bins, int copies, Global<int64_t> histogram) {
+PSE_DEVICE void add_bins(Shared<uint32_t> bins, int copies, Global<int64_t> histogram PSE_CALLER) {
     sync_block();
     for (int b = thread(); b < kBins; b += kThreads) {
         uint32_t sum = 0;
@@ -182,7 +182,7 @@ PSE_DEVICE void count_pairs(const Problem<Key>& x, const Pairs<Key>& pairs, int6
 // One digit, by `share` blocks of which this is one.
 template <class Key>
 PSE_DEVICE void narrow(const View<Key>& v, int64_t g, int which, const Pairs<Key>& pairs, int64_t slice, int64_t share,
-                       const RankRoom<Key>& room) {
+                       const RankRoom<Key>& room PSE_CALLER) {
     const Problem<Key> x = problem_at<Key>(v.problem_of(g, which));
     if (!x.open || x.count <= kThreads) return;
     count_pairs(x, pairs, pairs.n * slice / share, pairs.n * (slice + 1) / share, room.bins);
@@ -223,7 +223,7 @@ PSE_DEVICE void rank_few(const View<Key>& v, int64_t g, int which, const Problem
 // All that is left, by `share` blocks of which this is one.
 template <class Key>
 PSE_DEVICE void finish(const View<Key>& v, int64_t g, int which, const Pairs<Key>& pairs, int64_t slice, int64_t share,
-                       const RankRoom<Key>& room) {
+                       const RankRoom<Key>& room PSE_CALLER) {
     const Global<int64_t> words = v.problem_of(g, which);
     Problem<Key> x = problem_at<Key>(words);
     if (!x.open) return;

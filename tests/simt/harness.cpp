@@ -89,6 +89,7 @@ struct Fiber {
     State state = State::ready;
     bool started = false;  // has called after_earlier_launches()
     Place place = {"", 0};
+    const Via* via = nullptr;  // the innermost
     uint32_t warp_epoch = 0;
     uint64_t mine = 0;
     uint64_t all[kWarp];
@@ -436,6 +437,11 @@ static std::string named(const Fiber& fiber, const Fiber& reader) {
     return fiber.block == reader.block ? "thread " + std::to_string(fiber.thread) : who(fiber);
 }
 
+static bool is_same(Place a, Place b) { return a.line == b.line && std::strcmp(a.file, b.file) == 0; }
+
+Via::Via(const char* file, int line) : place{file, line}, outer(now->current->via) { now->current->via = this; }
+Via::~Via() { now->current->via = outer; }
+
 // Waits until `count` threads wait in this meeting at this place; the last to come lets all go on, after `release`.
 // `each` is a function that calls its argument with every fiber of the meeting.
 template <class Each, class Release>
@@ -450,8 +456,15 @@ static void meet(Meeting& meeting, int count, Fiber::State state, const char* wh
         });
     if (meeting.waiting == 0) meeting.first = &mine;
     const Place agreed = meeting.waiting == 0 ? place : meeting.first->place;
-    if (agreed.line != place.line || std::strcmp(agreed.file, place.file) != 0)
-        fail(std::string("diverged ") + what + ": " + named(*meeting.first, mine) + " waits at " + at(agreed), place);
+    const auto waits = [&](const std::string& where, Place here) {
+        fail(std::string("diverged ") + what + ": " + named(*meeting.first, mine) + " waits at " + where, here);
+    };
+    if (!is_same(agreed, place)) waits(at(agreed), place);
+    const Via *other = meeting.first->via, *own = mine.via;
+    for (; other != nullptr && own != nullptr && is_same(other->place, own->place); other = other->outer)
+        own = own->outer;
+    if (other != own)
+        waits(at(agreed) + (other == nullptr ? "" : ", called at " + at(other->place)), own == nullptr ? place : own->place);
     mine.place = place;
     mine.state = state;
     if (++meeting.waiting < count) {

@@ -52,6 +52,17 @@ struct Place {
 };
 #define PSE_PLACE ::pse::simt::Place place = {__builtin_FILE(), __builtin_LINE()}
 
+// A function that the running thread is in, known by the place of its call. Threads that wait in a collective must have
+// come to it by the same calls: nvcc gives every call lines of its own.
+struct Via {
+    const Place place;
+    const Via* const outer;
+    Via(const char* file, int line);
+    ~Via();
+    Via(const Via&) = delete;
+};
+#define PSE_CALLER , [[maybe_unused]] ::pse::simt::Via pse_via = {__builtin_FILE(), __builtin_LINE()}
+
 // ---- the thread that runs (harness.cpp)
 
 int thread();

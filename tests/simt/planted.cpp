@@ -65,6 +65,25 @@ PSE_KERNEL(kThreads) shuffle_in_a_branch(Global<int32_t> data) {
     if (lane() < 16) x = shuffle(x, 0);
     store(data, thread(), x);
 }
+PSE_DEVICE int32_t plus_the_first(int32_t x PSE_CALLER) { return x + shuffle(x, 0); }
+PSE_DEVICE void wait_for_all(int PSE_CALLER) { sync_block(); }
+PSE_KERNEL(kThreads) two_calls_of_a_shuffle(Global<int32_t> data) {
+    after_earlier_launches();
+    int32_t x = load(data, thread());
+    if (lane() < 16)
+        x = plus_the_first(x);
+    else
+        x = plus_the_first(-x);
+    store(data, thread(), x);
+}
+PSE_KERNEL(kThreads) two_calls_of_a_barrier(Global<int32_t> data) {
+    after_earlier_launches();
+    if (thread() < 32)
+        wait_for_all(0);
+    else
+        wait_for_all(1);
+    store(data, thread(), 1);
+}
 // Of the matrix that holds 0, 1, 2, ... row by row: its first 16 rows of 4 by its first 8, transposed.
 PSE_KERNEL(kThreads) product_of_tiles(Global<int32_t> data) {
     after_earlier_launches();
@@ -388,6 +407,8 @@ std::vector<std::string> planted_names() {
             "barrier_in_a_branch",
             "two_barriers_that_differ",
             "shuffle_in_a_branch",
+            "two_calls_of_a_shuffle",
+            "two_calls_of_a_barrier",
             "product_of_tiles",
             "product_of_half_a_tile",
             "early_return",
@@ -453,6 +474,8 @@ std::vector<int32_t> planted(const std::string& name) {
     PSE_ONE(barrier_in_a_branch, 1);
     PSE_ONE(two_barriers_that_differ, 1);
     PSE_ONE(shuffle_in_a_branch, 1);
+    PSE_ONE(two_calls_of_a_shuffle, 1);
+    PSE_ONE(two_calls_of_a_barrier, 1);
     PSE_ONE(product_of_tiles, 1);
     PSE_ONE(product_of_half_a_tile, 1);
     PSE_ONE(early_return, 1);

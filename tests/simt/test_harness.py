@@ -29,6 +29,10 @@ BROKEN = {
     "barrier_in_a_branch": "barrier that thread [0-9]+ cannot reach|waits for ever: barrier",
     "two_barriers_that_differ": "diverged barrier: thread [0-9]+ waits at planted.cpp",
     "shuffle_in_a_branch": "warp collective that thread [0-9]+ cannot reach|waits for ever: warp collective",
+    "two_calls_of_a_shuffle": (
+        r"diverged warp collective: thread [0-9]+ waits at planted.cpp:\d+, called at planted.cpp:\d+"
+    ),
+    "two_calls_of_a_barrier": r"diverged barrier: thread [0-9]+ waits at planted.cpp:\d+, called at planted.cpp:\d+",
     "product_of_half_a_tile": "warp collective that thread [0-9]+ cannot reach|waits for ever: warp collective",
     "early_return": "barrier that thread 5 cannot reach|waits for ever: barrier",
     "off_by_one": "index 256 of a global buffer of 256",

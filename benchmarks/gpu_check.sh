@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can tell, within ten minutes (every stage has its limit) and without a network: build for the card that is there, run
-# the kernels' tests on it, time them beside their peers, and look for bad accesses and races.
+# Everything that only a GPU can tell, within ten minutes (every stage has its limit) and without a network: build for
+# the card that is there, run the kernels' tests on it, time them beside their peers, and look for bad accesses and races.
 #
 #   benchmarks/gpu_check.sh [build|test|bench|sanitize|all] [OUT]
 #

@@ -109,16 +109,10 @@ class _RowKnobs:
 def sample_rows(
     base: torch.Tensor,
     guide: torch.Tensor | None,
-    temperature: torch.Tensor,
-    top_p: torch.Tensor,
-    min_p: torch.Tensor,
-    guidance: torch.Tensor,
-    top_k: torch.Tensor,
-    seed: torch.Tensor,
-    offset: torch.Tensor,
     vocab: int,
     row_in_counter: bool,
     logprobs: bool,
+    *knobs: torch.Tensor,
     words: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw with parameters per row: in chunks two launches, three with log-probs or where a row may have a filter.
@@ -129,7 +123,7 @@ def sample_rows(
     base = unit_columns(base)
     guide = None if guide is None else unit_columns(guide)
     (base_view, _), (guide_view, guides) = view(base), view(guide)
-    asked = _RowKnobs(temperature, top_p, min_p, guidance, top_k, seed, offset)
+    asked = _RowKnobs(*knobs)
     tokens = torch.empty(rows, dtype=torch.int64, device=device)
     drawn = torch.empty(rows if logprobs else 0, dtype=torch.float32, device=device)
     clusters, filters = _by_cluster(base, vocab), logprobs or asked.may_filter(vocab)

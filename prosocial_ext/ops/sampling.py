@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from functools import partial
 from math import isfinite
 from typing import Any
 
@@ -107,16 +106,10 @@ _sample = register(
 def _sample_rows_cpu(
     base: torch.Tensor,
     guide: torch.Tensor | None,
-    temperature: torch.Tensor,
-    top_p: torch.Tensor,
-    min_p: torch.Tensor,
-    guidance: torch.Tensor,
-    top_k: torch.Tensor,
-    seed: torch.Tensor,
-    offset: torch.Tensor,
     vocab: int,
     row_in_counter: bool,
     logprobs: bool,
+    *knobs: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows, threads = base.shape[0], _native.threads()
     tokens = torch.empty(rows, dtype=torch.int64, device="cpu")
@@ -125,14 +118,13 @@ def _sample_rows_cpu(
     guide = None if guide is None else unit_columns(guide)
     base_view, _ = view(base)
     guide_view, guides = view(guide)
-    knobs = temperature, top_p, min_p, guidance, top_k, seed, offset
     real, whole = _knobs.tables(knobs, rows, base.device)
     bad = _C.guided_sample_rows(
         *(base_view, guide_view, guides, rows, vocab, real.data_ptr(), whole.data_ptr(), row_in_counter),
         *(tokens.data_ptr(), drawn.data_ptr() if logprobs else 0, _scratch(vocab, threads).data_ptr(), threads),
     )
     if bad:
-        _sample_rows_elsewhere(base, guide, *knobs, vocab, row_in_counter, logprobs)
+        _sample_rows_elsewhere(base, guide, vocab, row_in_counter, logprobs, *knobs)
         raise RuntimeError(f"guided_sample: {bad} rows were refused by the kernel but not by the reference")
     return tokens, drawn
 
@@ -140,31 +132,25 @@ def _sample_rows_cpu(
 def _sample_rows_elsewhere(
     base: torch.Tensor,
     guide: torch.Tensor | None,
-    temperature: torch.Tensor,
-    top_p: torch.Tensor,
-    min_p: torch.Tensor,
-    guidance: torch.Tensor,
-    top_k: torch.Tensor,
-    seed: torch.Tensor,
-    offset: torch.Tensor,
     vocab: int,
     row_in_counter: bool,
     logprobs: bool,
+    *knobs: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows = base.shape[0]
     if rows == 0:
         return base.new_empty(0, dtype=torch.int64), base.new_empty(0, dtype=torch.float32)
-    spread = partial(_knobs.spread, rows=rows, device=base.device)
+    temperature, top_p, min_p, strength, top_k, seed, offset = (_knobs.spread(k, rows, base.device) for k in knobs)
     tokens, drawn = reference.guided_sample(
         base,
         guide,
-        guidance=spread(guidance),
-        temperature=spread(temperature),
-        top_p=spread(top_p),
-        min_p=spread(min_p),
-        top_k=spread(top_k),
-        seed=int(seed[0]) if row_in_counter else spread(seed),
-        offset=spread(offset),
+        guidance=strength,
+        temperature=temperature,
+        top_p=top_p,
+        min_p=min_p,
+        top_k=top_k,
+        seed=int(seed[0]) if row_in_counter else seed,
+        offset=offset,
         vocab_size=vocab,
         return_logprobs=True,
     )
@@ -174,16 +160,10 @@ def _sample_rows_elsewhere(
 def _sample_rows_fake(
     base: torch.Tensor,
     guide: torch.Tensor | None,
-    temperature: torch.Tensor,
-    top_p: torch.Tensor,
-    min_p: torch.Tensor,
-    guidance: torch.Tensor,
-    top_k: torch.Tensor,
-    seed: torch.Tensor,
-    offset: torch.Tensor,
     vocab: int,
     row_in_counter: bool,
     logprobs: bool,
+    *knobs: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows = base.shape[0]
     tokens = base.new_empty(rows, dtype=torch.int64)
@@ -191,8 +171,9 @@ def _sample_rows_fake(
 
 
 _sample_rows = register(
-    "guided_sample_rows(Tensor base, Tensor? guide, Tensor temperature, Tensor top_p, Tensor min_p, Tensor guidance, "
-    "Tensor top_k, Tensor seed, Tensor offset, SymInt vocab, bool row_in_counter, bool logprobs) -> (Tensor, Tensor)",
+    "guided_sample_rows(Tensor base, Tensor? guide, SymInt vocab, bool row_in_counter, bool logprobs, "
+    "Tensor temperature, Tensor top_p, Tensor min_p, Tensor guidance, Tensor top_k, Tensor seed, Tensor offset) "
+    "-> (Tensor, Tensor)",
     cpu=_sample_rows_cpu,
     cuda=_cuda_sampling.sample_rows if _cuda.compiled() else None,
     elsewhere=_sample_rows_elsewhere,
@@ -244,7 +225,7 @@ def guided_sample(
     )
     row_in_counter = not arguments.per_row(seed)
     tokens, logprobs = _sample_rows(
-        base_logits, guide_logits, *real, strength, *whole, logits.vocab_size, row_in_counter, return_logprobs
+        base_logits, guide_logits, logits.vocab_size, row_in_counter, return_logprobs, *real, strength, *whole
     )
     return (tokens, logprobs) if return_logprobs else tokens
 

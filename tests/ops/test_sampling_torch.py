@@ -28,8 +28,8 @@ def test_the_registered_ops_pass_opcheck(guides, grad):
         real = [torch.full((rows,), value, requires_grad=grad) for value in (0.9, 0.8, 0.01)]
         strength = torch.full((rows, count), 0.5, requires_grad=grad)
         knobs = [*real, strength, *(torch.full((rows,), value) for value in (7, 3, 4))]
-        opcheck(namespace.guided_sample_rows.default, (base, guide, *knobs, 50, True, True))
-        opcheck(namespace.guided_sample_rows.default, (base, guide, *knobs, 50, False, False))
+        opcheck(namespace.guided_sample_rows.default, (base, guide, 50, True, True, *knobs))
+        opcheck(namespace.guided_sample_rows.default, (base, guide, 50, False, False, *knobs))
         opcheck(namespace.guided_logprobs.default, (base, guide, real[0].detach(), strength.detach(), 50))
 
 

@@ -115,6 +115,5 @@ def simt(request: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
         module.set_schedule(seed)
         device = 0 if seed % 2 or "clusters" in request.node.name else 1  # compute capability 9.0 or 8.0
         monkeypatch.setattr(_cuda, "target", lambda tensor: (device, 0))
-    if KERNELS != "gpu":
-        monkeypatch.setattr(_cuda, "launchers", module.cuda)
+    monkeypatch.setattr(_cuda, "launchers", module.cuda)
     return module

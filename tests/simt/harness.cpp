@@ -464,7 +464,8 @@ static void meet(Meeting& meeting, int count, Fiber::State state, const char* wh
     for (; other != nullptr && own != nullptr && is_same(other->place, own->place); other = other->outer)
         own = own->outer;
     if (other != own)
-        waits(at(agreed) + (other == nullptr ? "" : ", called at " + at(other->place)), own == nullptr ? place : own->place);
+        waits(at(agreed) + (other == nullptr ? "" : ", called at " + at(other->place)),
+              own == nullptr ? place : own->place);
     mine.place = place;
     mine.state = state;
     if (++meeting.waiting < count) {

@@ -207,8 +207,8 @@ def test_the_draw_changes_exactly_at_the_borders_of_the_prefix_sums(cuda, name, 
     signed = torch.tensor([w - 2**64 if w >= 2**63 else w for w in words])
     real = [torch.full((rows,), value) for value in (1.0, *shares)]
     whole = [torch.full((rows,), value) for value in (knobs["top_k"], 0, 0)]
-    arguments = *real, torch.empty(rows, 0), *whole, 24, False, False, signed
-    tokens, _ = _cuda_sampling.sample_rows(base.expand(rows, 24), None, *arguments)
+    arguments = 24, False, False, *real, torch.empty(rows, 0), *whole
+    tokens, _ = _cuda_sampling.sample_rows(base.expand(rows, 24), None, *arguments, words=signed)
     assert tokens.tolist() == expected
 
 
